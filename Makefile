@@ -1,0 +1,55 @@
+# `make demo` and `make test` need python3 (3.10 or newer), make and pip's package index; nothing else by hand.
+PYTHON ?= python3
+VENV ?= .venv
+IMAGE ?= llava/assets/images/easy_vqa_0.png
+QUESTION ?= What shape is in the image?
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    install into $(VENV) and ask the shipped model about a shipped picture, with pruning on"
+	@echo "make test    install what the tests need and run them"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make clean   remove $(VENV) and caches"
+	@echo "Variables:   PYTHON=python3.12  VENV=.venv  IMAGE=picture.png  QUESTION='What is this?'"
+
+demo: $(VENV)/installed
+	@$(python) -m llava.serve.cli_pruning --image-file "$(IMAGE)" --question "$(QUESTION)"
+
+test: $(VENV)/installed-dev
+	$(python) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+format: $(VENV)/installed-dev
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# The stamps make a second run start at once. torch is installed by itself first, in the pinned version:
+# a range would let pip take the newest build with several gigabytes of CUDA libraries.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python 3.10 or newer is needed; try make PYTHON=python3.12")'
+	test -x $(python) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch into $(VENV) (a few minutes the first time)"
+	$(pip) --constraint constraints.txt torch
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	@echo "Installing the project into $(VENV)"
+	$(pip) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch pyproject.toml
+	@echo "Installing the project and what its tests need into $(VENV)"
+	$(pip) --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/installed
