@@ -1,0 +1,206 @@
+"""Attention of one sample's rows: fused, and aware of what a stage lets text read.
+
+All tensors are without a batch axis: queries `[heads, rows, head_dim]`, keys and values
+`[kv_heads, rows, head_dim]`; a group of heads shares a KV head. Nothing of size rows x rows is ever built.
+
+The published code computes all attention weights, sets some to zero and does not renormalise. The same comes out
+of ordinary attention over fewer keys: with T the non-visual keys a row may see, att_T its attention over T alone
+and p the share of its softmax mass on T, weights zeroed on the image give p * att_T. In terms of log-sum-exps of
+the scores, p = exp(lse_T - lse_all) = sigmoid(lse_T - lse_image).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .policy import Reading
+from .rows import Rows
+
+# Scores that are only needed for their log-sum-exp are computed this many at a time (float32: 16 MiB).
+SCORE_CHUNK = 1 << 22
+
+
+@dataclass
+class Tally:
+    """Counts the work of attention calls, in pairs summed over query heads.
+
+    Attributes:
+        scores: query-key pairs multiplied.
+        values: weight-value pairs summed.
+    """
+
+    scores: int = 0
+    values: int = 0
+
+    def add(self, query: torch.Tensor, keys: torch.Tensor, values: bool = True) -> None:
+        pairs = query.shape[0] * query.shape[1] * keys.shape[1]
+        self.scores += pairs
+        self.values += pairs * values
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool, tally: Tally
+) -> torch.Tensor:
+    """Fused attention, `[heads, rows, head_dim]`. `causal` needs as many keys as queries."""
+    tally.add(query, keys)
+    grouped = query.shape[0] != keys.shape[0]
+    output = F.scaled_dot_product_attention(
+        query[None], keys[None], values[None], is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return output[0]
+
+
+def attend_with_lse(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool, tally: Tally
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend`, and the log-sum-exp of each row's scores, `[heads, rows]`, float32 or wider."""
+    if query.device.type == "cpu":
+        # The CPU kernel under F.scaled_dot_product_attention has the log-sum-exp at hand.
+        tally.add(query, keys)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[None], keys[None], values[None], 0.0, causal, scale=scale
+        )
+        return output[0], lse[0]
+    output = attend(query, keys, values, scale, causal=causal, tally=tally)
+    return output, score_lse(query, keys, scale, causal=causal, tally=tally)
+
+
+def score_lse(
+    query: torch.Tensor, keys: torch.Tensor, scale: float, *, causal: bool = False, tally: Tally
+) -> torch.Tensor:
+    """Log-sum-exp of each row's scores, `[heads, rows]`, from keys alone: no value is read."""
+    tally.add(query, keys, values=False)
+    heads, rows, head_dim = query.shape
+    kv_heads, num_keys, _ = keys.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = keys.to(wide).transpose(1, 2)
+    grouped = query.view(kv_heads, heads // kv_heads, rows, head_dim)
+    step = max(1, SCORE_CHUNK // (heads * num_keys))
+    parts = []
+    for start in range(0, rows, step):
+        block = grouped[:, :, start : start + step].to(wide)
+        scores = (block.flatten(1, 2) @ keys * scale).view(*block.shape[:3], num_keys)
+        if causal:
+            row = torch.arange(start, start + block.shape[2], device=query.device)[:, None]
+            scores.masked_fill_(torch.arange(num_keys, device=query.device) > row, -torch.inf)
+        parts.append(torch.logsumexp(scores, dim=-1).flatten(0, 1))
+    return torch.cat(parts, dim=1)
+
+
+def attend_behind(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    tally: Tally,
+) -> torch.Tensor:
+    """Causal attention of the last `rows` of more keys: row i sees all earlier keys and itself.
+
+    The earlier keys and the rows' own are attended to apart and merged by their log-sum-exps, so that no mask
+    is needed.
+    """
+    rows, num_keys = query.shape[1], keys.shape[1]
+    if rows == num_keys:
+        return attend(query, keys, values, scale, causal=True, tally=tally)
+    if rows == 1:
+        return attend(query, keys, values, scale, causal=False, tally=tally)
+    past = num_keys - rows
+    before, lse_before = attend_with_lse(query, keys[:, :past], values[:, :past], scale, causal=False, tally=tally)
+    own, lse_own = attend_with_lse(query, keys[:, past:], values[:, past:], scale, causal=True, tally=tally)
+    share = torch.sigmoid(lse_before - lse_own)[..., None]
+    return (share * before + (1 - share) * own).to(query.dtype)
+
+
+def attend_prompt(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    rows: Rows,
+    reading: Reading,
+    tally: Tally,
+) -> torch.Tensor:
+    """Prefill attention of one prompt's rows under `reading`, `[heads, rows, head_dim]`."""
+    if reading is Reading.ALL or not rows.runs:
+        return attend(query, keys, values, scale, causal=True, tally=tally)
+    prompt = slice(0, rows.num_prompt)
+    read = _read_no_image if reading is Reading.NO_IMAGE else _read_sink
+    output = read(query[:, prompt], keys[:, prompt], values[:, prompt], scale, rows, reading, tally)
+    if rows.num_prompt < rows.count:
+        # Draft tokens are decoded tokens: the shallow stage does not touch them.
+        drafts = attend_behind(query[:, rows.num_prompt :], keys, values, scale, tally)
+        output = torch.cat([output, drafts], dim=1)
+    return output
+
+
+def _read_no_image(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    rows: Rows,
+    reading: Reading,
+    tally: Tally,
+) -> torch.Tensor:
+    """`Reading.NO_IMAGE`: p * att_T for text rows, whose image scores are computed but no image value is read."""
+    output = torch.empty_like(query)
+    for number, (first, stop) in enumerate(rows.runs):
+        # The rows before the first run see no image, so they may share its call.
+        begin = 0 if number == 0 else first
+        output[:, begin:stop] = attend_behind(query[:, begin:stop], keys[:, :stop], values[:, :stop], scale, tally)
+
+    text = rows.text_index(query.device)
+    text_query = query[:, text]
+    text_output, text_lse = attend_with_lse(
+        text_query, keys[:, text], values[:, text], scale, causal=True, tally=tally
+    )
+    image_lse = torch.full_like(text_lse, -torch.inf)
+    for first, stop in rows.runs:
+        behind = int(rows.text.searchsorted(stop))
+        if behind < len(rows.text):
+            run_lse = score_lse(text_query[:, behind:], keys[:, first:stop], scale, tally=tally)
+            image_lse[:, behind:] = torch.logaddexp(image_lse[:, behind:], run_lse)
+    output[:, text] = (torch.sigmoid(text_lse - image_lse)[..., None] * text_output).to(query.dtype)
+    return output
+
+
+def _read_sink(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    rows: Rows,
+    reading: Reading,
+    tally: Tally,
+) -> torch.Tensor:
+    """Layer 0: visual rows get p * att_T; text rows what `FIRST_SINK` or `HALF_SINK` says."""
+    text = rows.text_index(query.device)
+    text_keys, text_values = keys[:, text], values[:, text]
+    if reading is Reading.HALF_SINK:
+        # Zeroed weights and zeroed values are the same thing to the sum.
+        hidden = torch.as_tensor(rows.visual[: len(rows.visual) // 2], device=values.device)
+        values = values.index_fill(1, hidden, 0)
+    output, lse = attend_with_lse(query, keys, values, scale, causal=True, tally=tally)
+    output = output.clone()
+
+    for first, stop in rows.runs:
+        earlier = int(rows.text.searchsorted(first))
+        if earlier == 0:
+            output[:, first:stop] = 0
+            continue
+        part, part_lse = attend_with_lse(
+            query[:, first:stop], text_keys[:, :earlier], text_values[:, :earlier], scale, causal=False, tally=tally
+        )
+        output[:, first:stop] = ((part_lse - lse[:, first:stop]).exp()[..., None] * part).to(query.dtype)
+
+    if reading is Reading.FIRST_SINK:
+        # The rows before the image have nothing to collapse.
+        first_visual = rows.runs[0][0]
+        part, part_lse = attend_with_lse(query[:, text], text_keys, text_values, scale, causal=True, tally=tally)
+        own = (part_lse - lse[:, text]).exp()[:, first_visual:, None]
+        sink = values[:, first_visual].repeat_interleave(query.shape[0] // values.shape[0], dim=0)[:, None]
+        output[:, text[first_visual:]] = (own * part[:, first_visual:] + (1 - own) * sink).to(query.dtype)
+    return output

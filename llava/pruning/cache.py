@@ -1,0 +1,197 @@
+"""The KV cache of a pruned prompt: every layer, and every sample in it, has its own number of rows.
+
+Samples lie one behind the other along the row axis, each in a segment of its own. Nothing is padded, and a
+pruned row never gets a place. The prefill's keys and values are kept as they come; the first decoded token
+moves them once into a buffer with spare rows, which then grows by a share of its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+# Spare rows a segment gets when it is full: at least this many, and at least an eighth of what it holds, so
+# that a row is copied a bounded number of times however long the answer gets.
+MIN_SPARE_ROWS = 64
+SPARE_SHARE = 8
+
+
+class CacheLease:
+    """Says whether the engine that filled a cache is still in charge of it. One a cache."""
+
+    def __init__(self) -> None:
+        self.active = True
+
+
+class RaggedLayer(DynamicLayer):
+    """One layer's keys and values, `[1, kv_heads, rows of all samples, head_dim]`.
+
+    Attributes:
+        lengths: rows each sample holds.
+        starts: where each sample's segment begins. Its spare rows lie behind its rows.
+    """
+
+    def __init__(self, lease: CacheLease):
+        super().__init__()
+        self.lease = lease
+        self.lengths: list[int] = []
+        self.starts: list[int] = []
+        self._prefill_lengths: list[int] | None = None
+        self._next_rows: torch.Tensor | None = None  # int64 [batch], where the next token goes, on the device
+
+    # -- what the engine calls ------------------------------------------------------------------------------
+
+    def expect_prefill(self, lengths: Sequence[int]) -> None:
+        """Announce the packed rows that the next `update` brings, per sample."""
+        self._prefill_lengths = list(lengths)
+
+    def segment(self, sample: int) -> slice:
+        """Where `sample`'s rows lie on the row axis."""
+        return slice(self.starts[sample], self.starts[sample] + self.lengths[sample])
+
+    @property
+    def capacity(self) -> list[int]:
+        """Rows each segment has room for."""
+        ends = [*self.starts[1:], self.keys.shape[2]]
+        return [end - start for start, end in zip(self.starts, ends, strict=True)]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all samples hold the same number of rows in segments of one size."""
+        return len(set(self.lengths)) == 1 and len(set(self.capacity)) == 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes the rows take, without spare ones."""
+        rows = sum(self.lengths)
+        return rows * sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
+
+    # -- transformers' interface ----------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take up new rows and return all, both `[1, kv_heads, rows, head_dim]`.
+
+        During prefill the new rows are packed, `[1, kv_heads, rows of all samples, head_dim]`; afterwards they
+        are `[batch, kv_heads, new, head_dim]`, the same number for every sample.
+
+        Raises:
+            RuntimeError: the `prune` block that filled this cache has ended.
+        """
+        if not self.lease.active:
+            raise RuntimeError(
+                "this KV cache holds a pruned prompt, and the `prune` block or call that filled it has ended; "
+                "prefill the prompt anew, or continue inside the block"
+            )
+        if self._prefill_lengths is not None:
+            self.lengths, self._prefill_lengths = self._prefill_lengths, None
+            self.starts = _starts(self.lengths)
+            self.keys, self.values = key_states, value_states
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+            return self.keys, self.values
+
+        batch, _, new, _ = key_states.shape
+        if any(length + new > room for length, room in zip(self.lengths, self.capacity, strict=True)):
+            self._grow(new)
+        if batch == 1:
+            end = self.starts[0] + self.lengths[0]
+            self.keys[:, :, end : end + new] = key_states
+            self.values[:, :, end : end + new] = value_states
+        else:
+            rows = self._next_rows[:, None] + torch.arange(new, device=self.device)  # [batch, new]
+            for store, states in ((self.keys, key_states), (self.values, value_states)):
+                packed = states.transpose(0, 1).flatten(1, 2)  # [kv_heads, batch * new, head_dim]
+                store[0].index_copy_(1, rows.flatten(), packed)
+            self._next_rows += new
+        self.lengths = [length + new for length in self.lengths]
+        return self.keys, self.values
+
+    def _grow(self, new: int) -> None:
+        """Move every segment into a larger buffer."""
+        # The same for all, so that all are full at once and equal samples stay uniform.
+        spare = max(MIN_SPARE_ROWS, min(self.lengths) // SPARE_SHARE)
+        rooms = [length + new + spare for length in self.lengths]
+        starts = _starts(rooms)
+        old_segments = [self.segment(sample) for sample in range(len(self.lengths))]
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            store = old.new_empty(1, old.shape[1], sum(rooms), old.shape[3])
+            for start, rows in zip(starts, old_segments, strict=True):
+                store[:, :, start : start + rows.stop - rows.start] = old[:, :, rows]
+            setattr(self, name, store)
+        self.starts = starts
+        self._place_cursor()
+
+    def _place_cursor(self) -> None:
+        if len(self.starts) > 1:
+            ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
+            self._next_rows = torch.tensor(ends, device=self.keys.device)
+
+    def get_seq_length(self) -> int:
+        """Rows this layer really holds; with a batch, the longest sample's."""
+        return max(self.lengths, default=0)
+
+    def reset(self) -> None:
+        super().reset()
+        self.keys = self.values = self._next_rows = None
+        self.is_initialized = False
+        self.lengths, self.starts = [], []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` rows of every sample (what assisted decoding rejects)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop: {tokens_to_remove} is not supported; a negative number of rows to remove is needed")
+        self.lengths = [length + tokens_to_remove for length in self.lengths]
+        if self._next_rows is not None:
+            self._next_rows += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let sample b go on from what sample `beam_idx[b]` holds. Both must hold equally many rows."""
+        if not self.lengths:
+            return
+        beam_idx = beam_idx.to(self.keys.device)
+        rooms = self.capacity
+        starts = torch.tensor(self.starts, device=self.keys.device)
+        sizes = torch.tensor(rooms, device=self.keys.device)
+        shift = (starts[beam_idx] - starts).repeat_interleave(sizes, output_size=sum(rooms))
+        source = torch.arange(sum(rooms), device=self.keys.device) + shift
+        self.keys = self.keys.index_select(2, source)
+        self.values = self.values.index_select(2, source)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select([sample for sample in range(len(self.lengths)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._select(torch.arange(len(self.lengths))[indices.cpu()].tolist())
+
+    def _select(self, samples: list[int]) -> None:
+        """Become a batch of copies of `samples`."""
+        segments = [self.segment(sample) for sample in samples]
+        self.keys = torch.cat([self.keys[:, :, rows] for rows in segments], dim=2)
+        self.values = torch.cat([self.values[:, :, rows] for rows in segments], dim=2)
+        self.lengths = [self.lengths[sample] for sample in samples]
+        self.starts = _starts(self.lengths)
+        self._place_cursor()
+
+    def offload(self) -> None:
+        raise RuntimeError("an offloaded KV cache cannot hold a pruned prompt; use the default cache_implementation")
+
+    prefetch = offload
+
+
+def make_ragged(cache: DynamicCache, num_layers: int) -> CacheLease:
+    """Turn an empty `DynamicCache` into a ragged one, in place, and return its lease."""
+    lease = CacheLease()
+    cache.layers = [RaggedLayer(lease) for _ in range(num_layers)]
+    return lease
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    starts = [0]
+    for length in lengths[:-1]:
+        starts.append(starts[-1] + length)
+    return starts

@@ -1,0 +1,670 @@
+"""`prune(model, config)`: carries a policy's decisions out on transformers' own decoders.
+
+Nothing of the model is replaced. For the time of a `with` block hooks stand at the decoder and its layers:
+
+- The decoder's pre-hook tells a prefill from a decoding step and learns which rows are visual.
+- A layer's pre-hook hands it the surviving rows of all samples, packed one behind the other without padding,
+  with their original position embeddings, and drops rows where a decision fell in the layer before.
+- The registered attention function attends sample by sample, and measures what a policy wants to know.
+- The last layer's hook gives the rows back as a left-padded batch, so that row -1 is each prompt's last.
+
+Decoding steps keep transformers' own layout (one row a sample) and read each layer's ragged cache.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache
+
+from llava.utils import UserError
+
+from .adapters import Adapter, adapter_for
+from .attention import Tally, attend, attend_behind, attend_prompt
+from .cache import CacheLease, RaggedLayer, make_ragged
+from .config import PruningConfig
+from .policy import Cause, Decision, Policy, PolicyFactory, Prompt, Reading, visipruner
+from .probe import Probe, ProbeTensors, measure_visual_shares
+from .rows import Rows
+from .trace import PruningTrace
+
+ATTENTION_NAME = "visual_token_pruning"
+
+
+class UnsupportedCallError(UserError):
+    """A way of calling the model that pruning cannot honour. Refused before work starts."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One prefill
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sample:
+    """One prompt on its way through the layers."""
+
+    rows: Rows
+    policy: Policy
+    trace: PruningTrace
+    decision: Decision | None = None
+    probe: ProbeTensors | None = None
+
+
+@dataclass
+class Prefill:
+    """The state of one forward over prompts. Lives as long as the forward.
+
+    Attributes:
+        padding: leading rows of each sample that are padding, in the unpruned batch.
+    """
+
+    samples: list[Sample]
+    padding: list[int]
+    cache: DynamicCache | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    position_ids: torch.Tensor | None = None
+    counts_per_layer: list[list[int]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each sample in the current layer."""
+        return [sample.rows.count for sample in self.samples]
+
+    # -- between layers ---------------------------------------------------------------------------------------
+
+    def enter_layer(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Rows for `layer`, `[1, rows of all samples, hidden_size]`; sets what goes with them in `kwargs`."""
+        if layer == 0:
+            hidden = self._pack(hidden)
+            self.position_embeddings = tuple(self._pack(part) for part in kwargs["position_embeddings"])
+            position_ids = kwargs.get("position_ids")
+            self.position_ids = self._pack(position_ids[..., None])[..., 0] if position_ids is not None else None
+        else:
+            self._settle(layer - 1)
+            hidden = self._drop_rows(hidden)
+        kwargs["position_embeddings"] = self.position_embeddings
+        kwargs["position_ids"] = self.position_ids
+        kwargs["attention_mask"] = None
+        self.counts_per_layer.append(self.counts)
+        for sample in self.samples:
+            sample.trace.rows_per_layer.append(sample.rows.count)
+        if self.cache is not None:
+            self.cache.layers[layer].expect_prefill(self.counts)
+        return hidden
+
+    def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """After the last layer: the surviving rows as a left-padded batch, `[batch, longest, hidden_size]`."""
+        self._settle(layer)
+        return self.unpack(hidden, self.counts_per_layer[-1])
+
+    def _pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[batch or 1, width, ...]` → `[1, rows of all samples, ...]`, without padding."""
+        if len(self.samples) == 1 and not self.padding[0]:
+            return rows
+        rows = rows.expand(len(self.samples), *rows.shape[1:])
+        return torch.cat([rows[number, pad:] for number, pad in enumerate(self.padding)])[None]
+
+    def unpack(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """`[1, rows of all samples, size]` → `[batch, longest, size]`, padded on the left with zeros."""
+        if len(counts) == 1:
+            return rows
+        batch = rows.new_zeros(len(counts), max(counts), *rows.shape[2:])
+        for number, part in enumerate(rows[0].split(list(counts))):
+            batch[number, max(counts) - len(part) :] = part
+        return batch
+
+    def _drop_rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Take out the rows that the samples' decisions drop."""
+        if not any(sample.decision is not None for sample in self.samples):
+            return hidden
+        survivors, start = [], 0
+        for sample in self.samples:
+            left, index = sample.rows, np.arange(sample.rows.count)
+            if sample.decision is not None:
+                left, index = sample.rows.without(sample.decision.keep)
+                sample.decision = None
+            survivors.append(index + start)
+            start += sample.rows.count
+            sample.rows = left
+        index = torch.as_tensor(np.concatenate(survivors), device=hidden.device)
+        self.position_embeddings = tuple(_select_rows(part, index) for part in self.position_embeddings or ())
+        if self.position_ids is not None:
+            self.position_ids = _select_rows(self.position_ids, index)
+        return _select_rows(hidden, index)
+
+    # -- decisions --------------------------------------------------------------------------------------------
+
+    def _settle(self, layer: int) -> None:
+        """Ask the policies what `layer` decided. One transfer to the host, where anything was measured."""
+        probed = [sample for sample in self.samples if sample.probe is not None]
+        measures: dict[int, Probe] = {}
+        if probed:
+            measured = torch.cat([torch.stack(sample.probe) for sample in probed], dim=1)
+            host = measured.detach().cpu().numpy()
+            ends = np.cumsum([len(sample.rows.visual) for sample in probed])
+            for sample, part in zip(probed, np.split(host, ends[:-1], axis=1), strict=True):
+                measures[id(sample)] = Probe(*part)
+                sample.probe = None
+        for sample in self.samples:
+            if len(sample.rows.visual):
+                self._decide(sample, layer, measures.get(id(sample)))
+
+    @staticmethod
+    def _decide(sample: Sample, layer: int, probe: Probe | None) -> None:
+        trace, rows = sample.trace, sample.rows
+        if probe is not None:
+            trace.smallest_cosine[layer] = float(probe.cosine.min())
+        decision = sample.policy.decide(layer, len(rows.visual), probe)
+        if decision is None:
+            return
+        last = layer == len(trace.score_pairs) - 1
+        if decision.cause is Cause.SELECTION:
+            trace.select_layer = layer
+            trace.kept_positions = rows.positions[decision.keep].tolist()
+            if probe is not None:
+                trace.selection_cosine, trace.selection_norm = probe.cosine, probe.norm
+        elif not last:
+            trace.exit_layer = layer + 1
+        if not last:
+            sample.decision = decision
+
+    # -- inside a layer ---------------------------------------------------------------------------------------
+
+    def attend(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of every sample over its own rows; all tensors `[1, heads, rows of all samples, head_dim]`.
+
+        Returns `[1, rows of all samples, heads, head_dim]`.
+        """
+        outputs, start = [], 0
+        for sample in self.samples:
+            rows, tally = sample.rows, Tally()
+            segment = slice(start, start + rows.count)
+            start += rows.count
+            own = query[0, :, segment], keys[0, :, segment], values[0, :, segment]
+            reading = sample.policy.reading(layer) if len(rows.visual) else Reading.ALL
+            output = attend_prompt(*own, scale, rows, reading, tally)
+            if len(rows.visual) and sample.policy.needs_probe(layer):
+                sample.probe = self._probe(rows, *own, output, scale, tally)
+            sample.trace.score_pairs[layer] += tally.scores
+            sample.trace.value_pairs[layer] += tally.values
+            outputs.append(output)
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return joined.transpose(0, 1)[None]
+
+    @staticmethod
+    def _probe(
+        rows: Rows,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        scale: float,
+        tally: Tally,
+    ) -> ProbeTensors:
+        last, prompt = rows.num_prompt - 1, slice(0, rows.num_prompt)
+        heads = query.shape[0]
+        tally.scores += heads * rows.num_prompt
+        tally.values += heads * len(rows.visual)
+        visual = rows.visual_index(query.device)
+        return measure_visual_shares(query[:, last], keys[:, prompt], values[:, prompt], output[:, last], visual, scale)
+
+
+def _select_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return rows.index_select(1, index.to(rows.device))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Decoding:
+    """The state of one forward over new tokens: the same number of rows for every sample, no decisions."""
+
+    def __init__(self, cache: DynamicCache):
+        self.cache = cache
+
+    def enter_layer(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        kwargs["attention_mask"] = None
+        return hidden
+
+    def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def attend(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """`query` `[batch, heads, new, head_dim]`; keys and values are the layer's whole ragged storage."""
+        stored: RaggedLayer = self.cache.layers[layer]
+        tally = Tally()
+        batch, heads, new, head_dim = query.shape
+        if stored.is_uniform and new == 1 and batch > 1:
+            shape = (keys.shape[1], batch, stored.capacity[0], head_dim)
+            length = stored.lengths[0]
+            together = [part[0].view(shape)[:, :, :length].transpose(0, 1) for part in (keys, values)]
+            output = nn.functional.scaled_dot_product_attention(
+                query, *together, scale=scale, enable_gqa=heads != keys.shape[1]
+            )
+            return output.transpose(1, 2)
+        outputs = []
+        for sample in range(batch):
+            segment = stored.segment(sample)
+            own = query[sample], keys[0, :, segment], values[0, :, segment]
+            outputs.append(attend_behind(*own, scale, tally))
+        return torch.stack(outputs).transpose(1, 2)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    forward_state: Prefill | Decoding | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that stands in while a `prune` block is open (transformers' interface)."""
+    if forward_state is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was called past the pruning hooks; call the model itself, not its sub-modules"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return forward_state.attend(module.layer_idx, query, key, value, scale), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Causality and padding are in the packed layout; no mask is ever built."""
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A block
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class PruningRun:
+    """What `prune` gives: `traces` of the last prefill, one a prompt, in batch order."""
+
+    def __init__(self, adapter: Adapter, policy: PolicyFactory | None, visual_mask: torch.Tensor | None):
+        self.traces: list[PruningTrace] = []
+        self._adapter = adapter
+        self._policy = policy  # None: dense; the model's own kernels run and only traces are kept
+        self._visual_mask = visual_mask
+        self._expand_size = 1
+        self._assisted = False
+        self._call_mask: torch.Tensor | None = None
+        self._logits_to_keep = 1
+        self._state: Prefill | Decoding | None = None
+        self._thread: int | None = None
+        self._awaits_head = False
+        self._call_lock = threading.RLock()
+        self._leases: weakref.WeakSet[CacheLease] = weakref.WeakSet()
+        self._undo: list[Callable[[], None]] = []
+
+    # -- on and off the model -----------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        model, decoder = self._adapter.model, self._adapter.decoder
+        on = self._undo.append
+        on(model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+        on(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True).remove)
+        on(decoder.register_forward_hook(self._after_decoder, always_call=True).remove)
+        head = model.get_output_embeddings()
+        if head is not None:
+            on(head.register_forward_pre_hook(self._before_head).remove)
+        if self._policy is not None:
+            layers = self._adapter.layers
+            for number, layer in enumerate(layers):
+                on(layer.register_forward_pre_hook(self._layer_hook(number), with_kwargs=True).remove)
+            on(layers[-1].register_forward_hook(self._after_last_layer).remove)
+            for config in self._adapter.attention_configs:
+                on(lambda config=config, old=config._attn_implementation: setattr(config, "_attn_implementation", old))
+                config._attn_implementation = ATTENTION_NAME
+        plain_generate = model.generate
+        shadowed = "generate" in vars(model)
+        model.generate = self._generate(plain_generate)
+        on(lambda: setattr(model, "generate", plain_generate) if shadowed else delattr(model, "generate"))
+
+    def uninstall(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._state = self._thread = None
+
+    def close(self) -> None:
+        """The caches this run filled may be read, but not be continued."""
+        for lease in self._leases:
+            lease.active = False
+
+    # -- hooks ------------------------------------------------------------------------------------------------
+
+    def _generate(self, plain_generate: Callable) -> Callable:
+        model = self._adapter.model
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            options = _GenerationOptions(model, kwargs)
+            if self._policy is not None:
+                options.refuse_unsupported()
+            with self._call_lock:
+                self._expand_size, self._assisted = options.expand_size, options.is_assisted
+                try:
+                    return plain_generate(*args, **kwargs)
+                finally:
+                    self._expand_size, self._assisted = 1, False
+
+        return generate
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        self._call_mask = None
+        if input_ids is not None and input_ids.shape[1] > 0 and kwargs.get("inputs_embeds") is None:
+            self._call_mask = self._adapter.visual_mask(input_ids)
+        keep = kwargs.get("logits_to_keep", 1)
+        self._logits_to_keep = keep if isinstance(keep, int) else 1
+        if self._policy is not None and kwargs.get("output_attentions"):
+            raise UnsupportedCallError("output_attentions is not available with pruning: attention is fused")
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self._state is not None and self._thread != threading.get_ident():
+            raise RuntimeError("another call is running on this model under pruning; wait for it to end")
+        given_mask = kwargs.pop("visual_mask", None)
+        cache = kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        batch, width = (embeds if embeds is not None else ids).shape[:2]
+
+        self._thread = threading.get_ident()
+        if cache is not None and cache.get_seq_length() > 0:
+            if self._policy is not None:
+                self._state = self._resume(cache)
+            return args, kwargs
+        visual = self._visual_rows(given_mask, ids, batch, width)
+        use_cache = kwargs.get("use_cache")
+        if self._policy is not None and cache is None and (module.config.use_cache if use_cache is None else use_cache):
+            cache = kwargs["past_key_values"] = DynamicCache()
+        self._state = self._begin(visual, kwargs.get("attention_mask"), batch, width, cache)
+        return args, kwargs
+
+    def _visual_rows(
+        self, given_mask: torch.Tensor | None, ids: torch.Tensor | None, batch: int, width: int
+    ) -> np.ndarray:
+        """Which rows of the batch are visual, bool [batch, width], on the host."""
+        mask = given_mask if given_mask is not None else self._visual_mask
+        if mask is None:
+            mask = self._call_mask
+        if mask is None and ids is not None:
+            mask = self._adapter.visual_mask(ids)
+            if mask is None:
+                mask = torch.zeros_like(ids, dtype=torch.bool)
+        if mask is None:
+            raise UnsupportedCallError(
+                "inputs_embeds was given without visual_mask: say which rows are visual (bool [batch, rows])"
+            )
+        if mask.shape[0] != batch and batch == mask.shape[0] * self._expand_size:
+            mask = mask.repeat_interleave(self._expand_size, dim=0)
+        if mask.shape[0] != batch or mask.shape[1] > width or (mask.shape[1] < width and not self._assisted):
+            raise UnsupportedCallError(
+                f"visual_mask has shape {tuple(mask.shape)}; the inputs have {batch} samples of {width} rows"
+            )
+        visual = np.zeros((batch, width), dtype=bool)
+        visual[:, : mask.shape[1]] = mask.cpu().numpy()
+        return visual
+
+    def _begin(
+        self,
+        visual: np.ndarray,
+        attention_mask: torch.Tensor | None,
+        batch: int,
+        width: int,
+        cache: DynamicCache | None,
+    ) -> Prefill:
+        """Set up the samples of a prefill."""
+        padding = self._padding(attention_mask, batch)
+        num_layers = len(self._adapter.layers)
+        num_drafts = self._logits_to_keep - 1 if self._assisted else 0
+        samples = []
+        for mask, pad in zip(visual, padding, strict=True):
+            rows = Rows.of_prompt(mask[pad:], num_drafts)
+            trace = PruningTrace(
+                num_rows=rows.num_prompt,
+                visual_positions=rows.positions.tolist(),
+                score_pairs=[0] * num_layers,
+                value_pairs=[0] * num_layers,
+            )
+            samples.append(Sample(rows, self._policy_for(rows, num_layers), trace))
+        self.traces = [sample.trace for sample in samples[:: self._expand_size]]
+        self._awaits_head = True
+        state = Prefill(samples, padding, cache)
+        if self._policy is None:
+            self._note_dense(state, num_layers)
+        elif cache is not None:
+            if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+                raise UnsupportedCallError(
+                    f"past_key_values is a {type(cache).__name__}{' with offloading' * (type(cache) is DynamicCache)}; "
+                    "pruning needs an empty DynamicCache: layers hold different numbers of rows"
+                )
+            self._leases.add(make_ragged(cache, num_layers))
+        return state
+
+    def _policy_for(self, rows: Rows, num_layers: int) -> Policy:
+        if self._policy is None or not len(rows.visual):
+            return Policy()
+        if rows.visual[-1] == rows.num_prompt - 1:
+            warnings.warn(
+                "a prompt ends in a visual row, so nothing after the image can ask for it: it runs dense; "
+                "put text after the image",
+                stacklevel=2,
+            )
+            return Policy()
+        return self._policy(Prompt(num_layers, rows.num_prompt, rows.positions))
+
+    def _note_dense(self, state: Prefill, num_layers: int) -> None:
+        """What the model's own kernels do with a prefill: every row in every layer, one full rectangle each."""
+        heads = self._adapter.decoder.config.num_attention_heads
+        for sample in state.samples:
+            sample.trace.rows_per_layer = [sample.rows.count] * num_layers
+            pairs = heads * sample.rows.count**2
+            sample.trace.score_pairs = [pairs] * num_layers
+            sample.trace.value_pairs = [pairs] * num_layers
+
+    @staticmethod
+    def _padding(attention_mask: torch.Tensor | None, batch: int) -> list[int]:
+        """Leading padding rows of every sample."""
+        if attention_mask is None:
+            return [0] * batch
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            raise UnsupportedCallError("pruning needs a 2-D attention_mask, [batch, rows]; prepared masks are refused")
+        valid = attention_mask.cpu().numpy().astype(bool)
+        padding = valid.argmax(axis=1)  # the first row that counts
+        if any(not row[pad:].all() for row, pad in zip(valid, padding, strict=True)):
+            raise UnsupportedCallError(
+                "pruning needs left padding: attention_mask has a 0 behind a 1, or no 1; "
+                "set the tokenizer's padding_side to 'left'"
+            )
+        return padding.tolist()
+
+    def _resume(self, cache: DynamicCache) -> Decoding:
+        if not all(isinstance(layer, RaggedLayer) and layer.lease in self._leases for layer in cache.layers):
+            raise UnsupportedCallError(
+                "past_key_values was filled outside this prune block; prefill the whole prompt inside it"
+            )
+        return Decoding(cache)
+
+    def _layer_hook(self, number: int) -> Callable:
+        def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            state = self._state
+            if state is None or self._thread != threading.get_ident():
+                raise RuntimeError("a decoder layer was called while pruning is on, but not through its decoder")
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            kwargs["forward_state"] = state
+            return (state.enter_layer(number, hidden, kwargs), *rest), kwargs
+
+        return before_layer
+
+    def _after_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        last = len(self._adapter.layers) - 1
+        if isinstance(output, tuple):
+            return (self._state.leave(last, output[0]), *output[1:])
+        return self._state.leave(last, output)
+
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        state, self._state, self._thread = self._state, None, None
+        hidden_states = getattr(output, "hidden_states", None)
+        if hidden_states is None or not isinstance(state, Prefill) or len(state.samples) == 1 or self._policy is None:
+            return output
+        # Entry 0 is the input of layer 0, entry i + 1 what layer i gave. The last is already unpacked: transformers
+        # puts the normed final state there.
+        counts = [state.counts_per_layer[0], *state.counts_per_layer]
+        output.hidden_states = tuple(
+            entry if entry is None or entry.shape[0] == len(state.samples) else state.unpack(entry, counts[number])
+            for number, entry in enumerate(hidden_states)
+        )
+        return output
+
+    def _before_head(self, module: nn.Module, args: tuple) -> None:
+        if len(self.traces) and args and self._awaits_head:
+            self._awaits_head = False
+            for trace in self.traces:
+                trace.lm_head_rows = min(args[0].shape[1], trace.rows_per_layer[-1])
+
+
+class _GenerationOptions:
+    """What a `generate` call really asks for: its keywords, else its generation config, else the model's."""
+
+    def __init__(self, model: nn.Module, kwargs: Mapping[str, Any]):
+        self.kwargs = kwargs
+        self.configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if self.kwargs.get(name) is not None:
+            return self.kwargs[name]
+        for config in self.configs:
+            if getattr(config, name, None) is not None:
+                return getattr(config, name)
+        return default
+
+    @property
+    def expand_size(self) -> int:
+        """Copies of each prompt in the batch that the model sees."""
+        return max(self.get("num_beams", 1), self.get("num_return_sequences", 1))
+
+    @property
+    def is_assisted(self) -> bool:
+        """Whether draft tokens come with the prompt."""
+        return any(self.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"))
+
+    def refuse_unsupported(self) -> None:
+        """Raise `UnsupportedCallError` for what would silently go wrong."""
+        refused = {
+            "prefill_chunk_size": "the prompt must be prefilled in one piece",
+            "penalty_alpha": "contrastive search is not supported",
+            "dola_layers": "DoLa reads layers that hold different rows",
+            "output_attentions": "attention is fused, its weights are never formed",
+            "custom_generate": "only transformers' own decoding methods are supported",
+            "assistant_early_exit": "self-speculation skips the layers that decide",
+        }
+        for name, reason in refused.items():
+            if self.get(name):
+                raise UnsupportedCallError(f"{name}={self.get(name)!r} cannot be used with pruning: {reason}")
+        if self.get("use_cache", True) is False:
+            raise UnsupportedCallError("use_cache=False cannot be used with pruning: decisions fall once, in prefill")
+        kind = self.get("cache_implementation")
+        if kind not in (None, "dynamic"):
+            raise UnsupportedCallError(
+                f"cache_implementation={kind!r} cannot be used with pruning: layers hold different numbers of rows; "
+                "leave it at the default"
+            )
+        cache = self.kwargs.get("past_key_values")
+        if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
+            raise UnsupportedCallError(
+                "past_key_values must be an empty DynamicCache with pruning: a new question must not be asked of "
+                "rows that were pruned for an old one; pass the whole conversation again"
+            )
+
+
+# The open blocks of each model's decoder, innermost last, and the thread that opened them.
+_blocks: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, PruningRun]]] = weakref.WeakKeyDictionary()
+_blocks_lock = threading.Lock()
+_call_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def call_lock(model: nn.Module) -> threading.RLock:
+    """The lock under which this project's own models run one call at a time."""
+    with _blocks_lock:
+        return _call_locks.setdefault(model, threading.RLock())
+
+
+@contextmanager
+def prune(
+    model: nn.Module,
+    config: PruningConfig | Mapping[str, Any] | str | None = None,
+    *,
+    policy: PolicyFactory | None = None,
+    visual_mask: torch.Tensor | None = None,
+) -> Iterator[PruningRun]:
+    """Prune visual tokens in every call of `model` inside the block.
+
+    Args:
+        model: a transformers vision-language model of `supported_models()`, or this project's own; PEFT and
+            `torch.compile` wrappers are looked through.
+        config: a `PruningConfig`, a mapping, a JSON string or `"@file"`. None, or an empty `mode`, is dense:
+            the model's own kernels run untouched, and only traces are kept.
+        policy: instead of `config`, another method: called with each `Prompt`, returns its `Policy`.
+        visual_mask: bool [batch, rows], for calls with `inputs_embeds`, where ids cannot tell which rows are
+            visual. Padding is part of the rows.
+
+    Yields:
+        The run; its `traces` are those of the last prefill, one a prompt, in batch order.
+
+    Blocks nest: the innermost rules. Leaving a block, also through an exception, leaves nothing on the model.
+
+    Raises:
+        PruningConfigError, UnsupportedModelError: before anything is changed.
+        UnsupportedCallError: from inside, for a call that cannot be pruned.
+        RuntimeError: another thread has a block open on this model.
+    """
+    adapter = adapter_for(model)
+    if config is not None and policy is not None:
+        raise UserError("prune takes a config or a policy, not both")
+    num_layers = len(adapter.layers)
+    if policy is None:
+        checked = PruningConfig.from_any(config)
+        if checked is not None and checked.mode:
+            checked.validate_for(num_layers)
+            policy = visipruner(checked, checked.sink_for(adapter.model.config._name_or_path, num_layers))
+    run = PruningRun(adapter, policy, visual_mask)
+
+    thread = threading.get_ident()
+    with _blocks_lock:
+        blocks = _blocks.setdefault(adapter.decoder, [])
+        if any(owner != thread for owner, _ in blocks):
+            raise RuntimeError("another thread has a prune block open on this model; wait for it to end")
+        if blocks:
+            blocks[-1][1].uninstall()
+        blocks.append((thread, run))
+    try:
+        run.install()
+        yield run
+    finally:
+        with _blocks_lock:
+            run.uninstall()
+            run.close()
+            blocks.remove((thread, run))
+            if blocks:
+                blocks[-1][1].install()
