@@ -1,0 +1,16 @@
+"""Names and ids that LLaVA checkpoints, prompts and scripts agree on."""
+
+from pathlib import Path
+
+IGNORE_INDEX = -100
+IMAGE_TOKEN_INDEX = -200
+"""The id that stands for one image in tokenised prompts; it is no row of any embedding table."""
+
+DEFAULT_IMAGE_TOKEN = "<image>"
+DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
+DEFAULT_IM_START_TOKEN = "<im_start>"
+DEFAULT_IM_END_TOKEN = "<im_end>"
+IMAGE_PLACEHOLDER = "<image-placeholder>"
+
+SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / "tiny_llava"
+"""The small model that comes with the package, in the original LLaVA layout."""

@@ -1,0 +1,384 @@
+"""What makes a language model a LLaVA: vision tower, projector, and the splice of image rows into the prompt.
+
+The splice is the only place that knows where an image went. It says so in ``visual_mask``, and everything after it
+(pruning, traces, figures) goes by that mask, never by a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import Size, get_anyres_image_grid_shape, unpadded_box
+from llava.model.multimodal_encoder.builder import build_vision_tower, has_vision_tower
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.pruning import PruningConfig, PruningTrace, prune
+from llava.utils import UserError
+
+
+@dataclass
+class SplicedInputs:
+    """A batch of prompts with their image rows in place, left-padded to the longest.
+
+    Attributes:
+        inputs_embeds: ``[B, N, H]`` in the model's dtype; padding rows are zero.
+        attention_mask: int64 ``[B, N]``, 0 on padding.
+        position_ids: int64 ``[B, N]``, from 0 at each sample's first row.
+        visual_mask: bool ``[B, N]``, true on rows that came from an image (newline rows included).
+    """
+
+    inputs_embeds: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    visual_mask: torch.Tensor
+
+
+class LlavaMetaModel:
+    """Mixed into a transformers decoder: adds tower, projector and newline row where the config asks for them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        if not has_vision_tower(config):
+            return
+        self.vision_tower = build_vision_tower(config)
+        if getattr(config, "mm_hidden_size", None) is None:
+            config.mm_hidden_size = self.vision_tower.hidden_size
+        self.mm_projector = build_vision_projector(config)
+        if "unpad" in merge_type(config):
+            self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The vision tower, or ``None`` in a model without one."""
+        return getattr(self, "vision_tower", None)
+
+    def forward(self, *args: Any, visual_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """The decoder's own forward; ``visual_mask`` is there for a pruning engine to read, not for the decoder."""
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def merge_type(config: Any) -> str:
+    """How the tiles of an anyres image become rows: ``flat``, ``spatial`` or ``spatial_unpad``."""
+    kind = getattr(config, "mm_patch_merge_type", None) or "flat"
+    if kind not in ("flat", "spatial", "spatial_unpad"):
+        raise UserError(f"mm_patch_merge_type is {kind!r}; known are flat, spatial and spatial_unpad")
+    return kind
+
+
+class LlavaMetaForCausalLM:
+    """Mixed into a causal language model: takes ``images`` and ``pruning_config`` in ``forward`` and ``generate``."""
+
+    config: Any
+    model: Any
+    _last_pruning_traces: tuple[PruningTrace, ...] = ()
+
+    def get_model(self) -> Any:
+        """The decoder, with vision tower and projector on it."""
+        return self.model
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The vision tower, or ``None`` in a model without one."""
+        return self.model.get_vision_tower()
+
+    @property
+    def last_pruning_traces(self) -> list[PruningTrace]:
+        """What the last ``forward`` or ``generate`` with a ``pruning_config`` decided, one trace a sample."""
+        return list(self._last_pruning_traces)
+
+    # --- images → rows ---------------------------------------------------------------------------------------
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Projected features ``[n, patches, H]`` of images ``[n, 3, S, S]``."""
+        tower = self._require_tower()
+        features = tower(images)
+        weight = next(self.model.mm_projector.parameters(), None)
+        if weight is not None:
+            features = features.to(weight.device)
+        return self.model.mm_projector(features)
+
+    def _require_tower(self) -> CLIPVisionTower:
+        tower = self.get_vision_tower()
+        if tower is None:
+            raise UserError(
+                "images were given, but this model has no vision tower; pass inputs_embeds and visual_mask"
+            )
+        return tower
+
+    def image_rows(
+        self, images: torch.Tensor | Sequence[torch.Tensor], image_sizes: Sequence[Size] | None = None
+    ) -> list[torch.Tensor]:
+        """The rows ``[rows, H]`` that each image adds to its prompt.
+
+        Args:
+            images: ``[n, 3, S, S]``, ``[n, tiles, 3, S, S]`` or a list of either without ``n``.
+            image_sizes: (width, height) of each original picture; needed to unpad anyres tiles.
+
+        Raises:
+            UserError: a shape that is no image, or sizes that are needed and missing.
+        """
+        if isinstance(images, torch.Tensor) and images.ndim == 4:
+            self._check_pixels(images)
+            return list(self.encode_images(images))
+        stacks = [image[None] if image.ndim == 3 else image for image in images]
+        for stack in stacks:
+            self._check_pixels(stack)
+        if not stacks:
+            return []
+        features = self.encode_images(torch.cat([stack.to(stacks[0].device) for stack in stacks]))
+        parts = features.split([len(stack) for stack in stacks])
+        if merge_type(self.config) == "flat":
+            return [part.flatten(0, 1) for part in parts]
+        sizes = list(image_sizes) if image_sizes is not None else [None] * len(parts)
+        if len(sizes) != len(parts):
+            raise UserError(
+                f"{len(parts)} images but {len(sizes)} image_sizes; give one (width, height) an image"
+            )
+        return [self._merge_tiles(part, size) for part, size in zip(parts, sizes, strict=True)]
+
+    def _check_pixels(self, pixels: torch.Tensor) -> None:
+        side = self._require_tower().config.image_size
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, side, side):
+            raise UserError(
+                f"images have shape {list(pixels.shape)}; the vision tower takes [n, 3, {side}, {side}] "
+                "(process_images makes them)"
+            )
+
+    def _merge_tiles(self, features: torch.Tensor, size: Size | None) -> torch.Tensor:
+        """Rows of one image: its whole-picture tile, then the map of the other tiles, row by row."""
+        newline = self.model.image_newline if "unpad" in merge_type(self.config) else None
+        whole, tiles = features[0], features[1:]
+        if len(tiles) == 0:
+            return whole if newline is None else torch.cat([whole, newline[None].to(whole)])
+        if size is None:
+            raise UserError("anyres images need image_sizes, the (width, height) of each original picture")
+        tower = self._require_tower()
+        side = tower.num_patches_per_side
+        columns, rows = get_anyres_image_grid_shape(
+            size, self.config.image_grid_pinpoints, tower.config.image_size
+        )
+        if len(tiles) != columns * rows:
+            raise UserError(
+                f"an image of size {tuple(size)} takes {columns} x {rows} tiles and the whole picture, "
+                f"but {len(features)} tiles were given; were image_sizes swapped?"
+            )
+        # [tiles, side · side, H] → [rows · side, columns · side, H]
+        grid = tiles.unflatten(1, (side, side)).unflatten(0, (rows, columns))
+        grid = grid.transpose(1, 2).reshape(rows * side, columns * side, -1)
+        if newline is None:
+            return torch.cat([whole, grid.flatten(0, 1)])
+        left, top, right, bottom = unpadded_box(size, (columns * side, rows * side))
+        grid = grid[top:bottom, left:right]
+        line_ends = newline.to(grid).expand(len(grid), 1, -1)
+        return torch.cat([whole, torch.cat([grid, line_ends], dim=1).flatten(0, 1)])
+
+    # --- the splice ------------------------------------------------------------------------------------------
+
+    def splice(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        images: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: Sequence[Size] | None = None,
+    ) -> SplicedInputs:
+        """Put each image's rows where its ``IMAGE_TOKEN_INDEX`` stands.
+
+        Images are taken in the order of their tokens through the batch; a sample may have none. Padding, on
+        either side, is dropped by ``attention_mask``; what comes back is left-padded.
+
+        Args:
+            input_ids: int64 ``[B, T]``.
+            attention_mask: ``[B, T]``, 0 on padding; absent, every id counts.
+            images, image_sizes: see :meth:`image_rows`.
+
+        Raises:
+            UserError: as many images as image tokens were not given.
+        """
+        keep = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
+        prompts = [ids[kept.to(ids.device)] for ids, kept in zip(input_ids, keep, strict=True)]
+        num_tokens = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in prompts)
+        num_images = 0 if images is None else len(images)
+        if num_tokens != num_images:
+            raise UserError(
+                f"the prompts hold {num_tokens} image tokens, but {num_images} images were given; "
+                "every image needs one <image> in its prompt"
+            )
+        rows = iter(self.image_rows(images, image_sizes) if images is not None and num_images else [])
+        samples = [self._splice_one(ids, rows) for ids in prompts]
+        return _left_pad(samples)
+
+    def _splice_one(self, ids: torch.Tensor, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``[N, H]`` of one prompt and which of them are visual ``[N]``."""
+        embed = self.model.embed_tokens
+        is_image = ids == IMAGE_TOKEN_INDEX
+        text = embed(ids[~is_image].to(embed.weight.device))
+        pieces: list[torch.Tensor] = []
+        visual: list[torch.Tensor] = []
+        start = 0
+        for end in [*is_image.nonzero().flatten().tolist(), len(ids)]:
+            text_rows = text[start - len(pieces) // 2 : end - len(pieces) // 2]
+            pieces.append(text_rows)
+            visual.append(torch.zeros(len(text_rows), dtype=torch.bool))
+            if end < len(ids):
+                image = next(rows).to(text)
+                pieces.append(image)
+                visual.append(torch.ones(len(image), dtype=torch.bool))
+            start = end + 1
+        return torch.cat(pieces), torch.cat(visual).to(text.device)
+
+    # --- forward and generate --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        images: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: Sequence[Size] | None = None,
+        visual_mask: torch.Tensor | None = None,
+        pruning_config: PruningConfig | dict[str, Any] | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's forward, over ids with images or over rows already spliced.
+
+        Args:
+            input_ids: int64 ``[B, T]``, ``IMAGE_TOKEN_INDEX`` where an image goes.
+            images, image_sizes: see :meth:`image_rows`.
+            inputs_embeds: ``[B, N, H]`` instead of ``input_ids``.
+            visual_mask: bool ``[B, N]``, which rows of ``inputs_embeds`` are visual; read on prefill only.
+            pruning_config: prune this call. The logits are those of the rows that survive; ``[:, -1]`` is the last
+                prompt row.
+
+        The other arguments are transformers' own.
+        """
+        if pruning_config is not None:
+            with prune(self, pruning_config) as run:
+                outputs = self(  # type: ignore[operator]
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    inputs_embeds=inputs_embeds,
+                    labels=labels,
+                    use_cache=use_cache,
+                    logits_to_keep=logits_to_keep,
+                    images=images,
+                    image_sizes=image_sizes,
+                    visual_mask=visual_mask,
+                    **kwargs,
+                )
+            self._last_pruning_traces = tuple(run.traces)
+            return outputs
+        if images is not None and input_ids is None:
+            raise UserError("images go with input_ids; rows in inputs_embeds already hold theirs")
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        if is_prefill and input_ids is not None:
+            if images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+                visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+            else:
+                if labels is not None:
+                    raise UserError(
+                        "labels cannot be given with images: image rows shift them; use the logits"
+                    )
+                spliced = self.splice(input_ids, attention_mask, images, image_sizes)
+                input_ids, inputs_embeds = None, spliced.inputs_embeds
+                attention_mask, visual_mask = spliced.attention_mask, spliced.visual_mask
+                position_ids = spliced.position_ids
+        if is_prefill and visual_mask is not None:
+            kwargs["visual_mask"] = visual_mask
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        images: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: Sequence[Size] | None = None,
+        *,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_mask: torch.Tensor | None = None,
+        pruning_config: PruningConfig | dict[str, Any] | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate`` for prompts with images. Returns new ids only.
+
+        Args:
+            inputs: int64 ``[B, T]`` prompt ids (also as ``input_ids``), ``IMAGE_TOKEN_INDEX`` where an image goes;
+                padding, on either side, must be 0 in ``attention_mask``.
+            images, image_sizes: see :meth:`image_rows`.
+            inputs_embeds: ``[B, N, H]`` rows already spliced, left-padded, instead of ids; with ``visual_mask``, bool
+                ``[B, N]``, where a pruning config is given.
+            pruning_config: prune this call (``PruningConfig``, dict, JSON or ``@file``); ``None`` runs the model as
+                it is. Decisions are in :attr:`last_pruning_traces` afterwards.
+            **kwargs: anything transformers' ``generate`` takes.
+
+        Raises:
+            UserError: image tokens and images do not match, or both ids and rows were given.
+        """
+        if pruning_config is not None:
+            with prune(self, pruning_config) as run:
+                outputs = self.generate(
+                    inputs,
+                    images,
+                    image_sizes,
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    inputs_embeds=inputs_embeds,
+                    visual_mask=visual_mask,
+                    **kwargs,
+                )
+            self._last_pruning_traces = tuple(run.traces)
+            return outputs
+        ids = input_ids if inputs is None else inputs
+        if ids is None and images is not None:
+            raise UserError("images go with prompt ids; rows in inputs_embeds already hold theirs")
+        if (ids is None) == (inputs_embeds is None):
+            raise UserError("generate takes either prompt ids or inputs_embeds, and exactly one of them")
+        if ids is not None:
+            kwargs.pop("position_ids", None)  # positions of ids say nothing once image rows are in place
+            spliced = self.splice(ids, attention_mask, images, image_sizes)
+            inputs_embeds, visual_mask = spliced.inputs_embeds, spliced.visual_mask
+            attention_mask = spliced.attention_mask
+        if visual_mask is not None:
+            kwargs["visual_mask"] = visual_mask
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+
+
+def _left_pad(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> SplicedInputs:
+    longest = max(len(rows) for rows, _ in samples)
+    first = samples[0][0]
+    embeds = first.new_zeros(len(samples), longest, first.shape[-1])
+    attention = torch.zeros(len(samples), longest, dtype=torch.long, device=first.device)
+    visual = torch.zeros(len(samples), longest, dtype=torch.bool, device=first.device)
+    for index, (rows, is_visual) in enumerate(samples):
+        start = longest - len(rows)
+        embeds[index, start:] = rows
+        attention[index, start:] = 1
+        visual[index, start:] = is_visual
+    positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
+    return SplicedInputs(embeds, attention, positions, visual)
