@@ -108,7 +108,9 @@ def attend_behind(
     if rows == 1:
         return attend(query, keys, values, scale, causal=False, tally=tally)
     past = num_keys - rows
-    before, lse_before = attend_with_lse(query, keys[:, :past], values[:, :past], scale, causal=False, tally=tally)
+    before, lse_before = attend_with_lse(
+        query, keys[:, :past], values[:, :past], scale, causal=False, tally=tally
+    )
     own, lse_own = attend_with_lse(query, keys[:, past:], values[:, past:], scale, causal=True, tally=tally)
     share = torch.sigmoid(lse_before - lse_own)[..., None]
     return (share * before + (1 - share) * own).to(query.dtype)
@@ -150,7 +152,9 @@ def _read_no_image(
     for number, (first, stop) in enumerate(rows.runs):
         # The rows before the first run see no image, so they may share its call.
         begin = 0 if number == 0 else first
-        output[:, begin:stop] = attend_behind(query[:, begin:stop], keys[:, :stop], values[:, :stop], scale, tally)
+        output[:, begin:stop] = attend_behind(
+            query[:, begin:stop], keys[:, :stop], values[:, :stop], scale, tally
+        )
 
     text = rows.text_index(query.device)
     text_query = query[:, text]
@@ -192,14 +196,21 @@ def _read_sink(
             output[:, first:stop] = 0
             continue
         part, part_lse = attend_with_lse(
-            query[:, first:stop], text_keys[:, :earlier], text_values[:, :earlier], scale, causal=False, tally=tally
+            query[:, first:stop],
+            text_keys[:, :earlier],
+            text_values[:, :earlier],
+            scale,
+            causal=False,
+            tally=tally,
         )
         output[:, first:stop] = ((part_lse - lse[:, first:stop]).exp()[..., None] * part).to(query.dtype)
 
     if reading is Reading.FIRST_SINK:
         # The rows before the image have nothing to collapse.
         first_visual = rows.runs[0][0]
-        part, part_lse = attend_with_lse(query[:, text], text_keys, text_values, scale, causal=True, tally=tally)
+        part, part_lse = attend_with_lse(
+            query[:, text], text_keys, text_values, scale, causal=True, tally=tally
+        )
         own = (part_lse - lse[:, text]).exp()[:, first_visual:, None]
         sink = values[:, first_visual].repeat_interleave(query.shape[0] // values.shape[0], dim=0)[:, None]
         output[:, text[first_visual:]] = (own * part[:, first_visual:] + (1 - own) * sink).to(query.dtype)

@@ -144,7 +144,9 @@ class RaggedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` rows of every sample (what assisted decoding rejects)."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop: {tokens_to_remove} is not supported; a negative number of rows to remove is needed")
+            raise ValueError(
+                f"crop: {tokens_to_remove} is not supported; a negative number of rows to remove is needed"
+            )
         self.lengths = [length + tokens_to_remove for length in self.lengths]
         if self._next_rows is not None:
             self._next_rows += tokens_to_remove
@@ -178,7 +180,9 @@ class RaggedLayer(DynamicLayer):
         self._place_cursor()
 
     def offload(self) -> None:
-        raise RuntimeError("an offloaded KV cache cannot hold a pruned prompt; use the default cache_implementation")
+        raise RuntimeError(
+            "an offloaded KV cache cannot hold a pruned prompt; use the default cache_implementation"
+        )
 
     prefetch = offload
 

@@ -71,18 +71,35 @@ class PruningConfig:
         listed = isinstance(mode, list | tuple)
         _check("mode", mode, listed, f"a list with any of {list(STAGES)}")
         for stage in mode:
-            _check("mode", mode, stage in STAGES, f"a list with any of {list(STAGES)}; {stage!r} is none of them")
+            _check(
+                "mode", mode, stage in STAGES, f"a list with any of {list(STAGES)}; {stage!r} is none of them"
+            )
         object.__setattr__(self, "mode", tuple(stage for stage in STAGES if stage in mode))
 
         for key in ("shallow_mid_layer", "mid_deep_layer"):
             value = getattr(self, key)
-            _check(key, value, value is None or (_is_int(value) and value >= 1), "an integer from 1 to L-1 (L layers)")
+            _check(
+                key,
+                value,
+                value is None or (_is_int(value) and value >= 1),
+                "an integer from 1 to L-1 (L layers)",
+            )
         for key in ("layer_threshold", "exit_threshold"):
             value = getattr(self, key)
             absent = value is None and key == "layer_threshold"
-            _check(key, value, absent or (_is_number(value) and 0 < value < 1), "a number between 0 and 1, both excluded")
+            _check(
+                key,
+                value,
+                absent or (_is_number(value) and 0 < value < 1),
+                "a number between 0 and 1, both excluded",
+            )
         norm = self.tokens_threshold
-        _check("tokens_threshold", norm, norm is None or (_is_number(norm) and norm > 0), "a number greater than 0")
+        _check(
+            "tokens_threshold",
+            norm,
+            norm is None or (_is_number(norm) and norm > 0),
+            "a number greater than 0",
+        )
         patience = self.exit_patience
         _check("exit_patience", patience, _is_int(patience) and patience >= 1, "an integer of at least 1")
         _check(
@@ -156,7 +173,9 @@ class PruningConfig:
                 f"pruning config: unknown key {', '.join(map(repr, unknown))}; known keys are {', '.join(known)}"
             )
         if "mode" not in source:
-            raise PruningConfigError(f"pruning config: 'mode' missing; it must be a list with any of {list(STAGES)}")
+            raise PruningConfigError(
+                f"pruning config: 'mode' missing; it must be a list with any of {list(STAGES)}"
+            )
         return cls(**source)
 
     @staticmethod
@@ -210,5 +229,7 @@ class PruningConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as it would be written in JSON: keys that are None are left out."""
         return {
-            key: list(value) if key == "mode" else value for key, value in asdict(self).items() if value is not None
+            key: list(value) if key == "mode" else value
+            for key, value in asdict(self).items()
+            if value is not None
         }

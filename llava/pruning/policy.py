@@ -35,6 +35,16 @@ class Reading(Enum):
     HALF_SINK = "half sink"
     """Text rows put weight 0 on the first half of the visual rows; visual rows read no visual row."""
 
+    def visible(self, num_visual: int) -> int:
+        """Of `num_visual` visual rows, how many have values that text rows read."""
+        hidden = {
+            Reading.ALL: 0,
+            Reading.NO_IMAGE: num_visual,
+            Reading.FIRST_SINK: num_visual - 1,
+            Reading.HALF_SINK: num_visual // 2,
+        }
+        return num_visual - hidden[self]
+
 
 class Cause(Enum):
     """Why visual rows leave."""

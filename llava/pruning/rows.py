@@ -38,7 +38,10 @@ class Rows:
         new_index = np.cumsum(survives) - 1
         dropped = int((~keep).sum())
         left = Rows(
-            self.count - dropped, self.num_prompt - dropped, new_index[self.visual[keep]], self.positions[keep]
+            self.count - dropped,
+            self.num_prompt - dropped,
+            new_index[self.visual[keep]],
+            self.positions[keep],
         )
         return left, np.flatnonzero(survives)
 

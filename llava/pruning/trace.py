@@ -25,6 +25,8 @@ class PruningTrace:
         score_pairs, value_pairs: query-key pairs scored and weight-value pairs summed in each layer, summed
             over query heads, the probe's included, [L]. A call counts its whole rectangle, as torch's counter
             has it.
+        visual_rows_read: visual rows whose values the prompt's text rows may read in each layer, [L]: those that
+            are there, fewer where the shallow stage hides them.
         lm_head_rows: rows that went through the output head.
     """
 
@@ -39,6 +41,7 @@ class PruningTrace:
     smallest_cosine: dict[int, float] = field(default_factory=dict)
     score_pairs: list[int] = field(default_factory=list)
     value_pairs: list[int] = field(default_factory=list)
+    visual_rows_read: list[int] = field(default_factory=list)
     lm_head_rows: int = 1
 
     @property

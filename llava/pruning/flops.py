@@ -1,0 +1,150 @@
+"""FLOPs by the conventions of the literature, and what a prefill really executed.
+
+The conventions differ in what they count (visual tokens alone, or the whole prompt) and in whether a
+multiply-add is one operation or two. A saving is only comparable within one of them, so every figure is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .adapters import adapter_for
+from .trace import PruningTrace
+
+CONVENTIONS = ("paper", "fastv", "prompt", "executed")
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What the FLOPs of a decoder depend on.
+
+    Attributes:
+        num_layers, hidden_size, intermediate_size, num_heads, head_dim, vocab_size: as in the config.
+        linear_weights: weights of a layer's linear maps, so that a row costs 2 * `linear_weights` FLOPs there.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    head_dim: int
+    vocab_size: int
+    linear_weights: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> DecoderShape:
+        """The shape of a supported model's decoder. Raises `UnsupportedModelError` for other models."""
+        adapter = adapter_for(model)
+        config = adapter.decoder.config
+        linear_weights = sum(
+            part.in_features * part.out_features
+            for part in adapter.layers[0].modules()
+            if isinstance(part, nn.Linear)
+        )
+        return cls(
+            num_layers=len(adapter.layers),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            linear_weights=linear_weights,
+        )
+
+
+def paper_flops(visual_rows: Sequence[float], shape: DecoderShape) -> float:
+    """VisiPruner's and PyramidDrop's count: multiply-adds of the visual tokens alone, `4nd² + 2n²d + 3ndm` a layer.
+
+    `visual_rows`: visual rows n in each layer.
+    """
+    d, m = shape.hidden_size, shape.intermediate_size
+    return sum(4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m for n in visual_rows)
+
+
+def fastv_flops(visual_rows: Sequence[float], shape: DecoderShape) -> float:
+    """FastV's count: `4nd² + 2n²d + 2ndm` a layer (an MLP of two matrices), visual tokens alone."""
+    d, m = shape.hidden_size, shape.intermediate_size
+    return sum(4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m for n in visual_rows)
+
+
+def prompt_flops(rows: Sequence[float], shape: DecoderShape) -> float:
+    """ShortV's and VTW's count: the whole prompt, two FLOPs a multiply-add, `2n(4d + 3m)d + 4n²d` a layer.
+
+    `rows`: all rows n in each layer.
+    """
+    d, m = shape.hidden_size, shape.intermediate_size
+    return sum(2 * n * (4 * d + 3 * m) * d + 4 * n**2 * d for n in rows)
+
+
+def executed_flops(trace: PruningTrace, shape: DecoderShape) -> int:
+    """What the prefill really called, two FLOPs a multiply-add, the vision tower apart.
+
+    Linear layers over the rows each layer processed; attention as the rectangle of every call, the probe and
+    the scores the shallow stage needs included; the output head over the rows it was given.
+    """
+    linear = 2 * shape.linear_weights * sum(trace.rows_per_layer)
+    attention = 2 * shape.head_dim * (sum(trace.score_pairs) + sum(trace.value_pairs))
+    return linear + attention + 2 * trace.lm_head_rows * shape.hidden_size * shape.vocab_size
+
+
+def dense_trace(trace: PruningTrace, shape: DecoderShape) -> PruningTrace:
+    """The same prompt without pruning."""
+    pairs = shape.num_heads * trace.num_rows**2
+    return PruningTrace(
+        num_rows=trace.num_rows,
+        visual_positions=trace.visual_positions,
+        rows_per_layer=[trace.num_rows] * shape.num_layers,
+        score_pairs=[pairs] * shape.num_layers,
+        value_pairs=[pairs] * shape.num_layers,
+        visual_rows_read=[trace.num_visual] * shape.num_layers,
+        lm_head_rows=trace.lm_head_rows,
+    )
+
+
+def flops(trace: PruningTrace, shape: DecoderShape) -> dict[str, float]:
+    """A prefill's count by every convention of `CONVENTIONS`."""
+    text = trace.num_rows - trace.num_visual
+    visual_rows = [rows - text for rows in trace.rows_per_layer]
+    return {
+        "paper": paper_flops(visual_rows, shape),
+        "fastv": fastv_flops(visual_rows, shape),
+        "prompt": prompt_flops(trace.rows_per_layer, shape),
+        "executed": executed_flops(trace, shape),
+    }
+
+
+def savings(trace: PruningTrace, model: nn.Module | DecoderShape) -> dict[str, float]:
+    """Fraction of the dense prefill's FLOPs that was saved, 0 … 1, by every convention.
+
+    0 where the dense count is 0 (a prompt without an image, in the conventions that count images alone).
+    """
+    shape = model if isinstance(model, DecoderShape) else DecoderShape.of(model)
+    spent, dense = flops(trace, shape), flops(dense_trace(trace, shape), shape)
+    return {name: 1 - spent[name] / dense[name] if dense[name] else 0.0 for name in CONVENTIONS}
+
+
+def vision_attention_saved(trace: PruningTrace) -> float:
+    """Fraction of vision-related attention that was saved, 0 … 1; 0 for a prompt without an image.
+
+    Vision-related attention is, over all layers of the prefill, the number of pairs in which a text row reads a
+    visual row's value. It is proportional to the visual rows that text may read in each layer.
+    """
+    if not trace.num_visual:
+        return 0.0
+    return 1 - sum(trace.visual_rows_read) / (trace.num_visual * len(trace.visual_rows_read))
+
+
+def _fused_attention_flops(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two rectangles, as torch's own formula for the other fused kernels has it."""
+    batch, heads, rows, head_dim = query_shape
+    return 2 * batch * heads * rows * key_shape[2] * (head_dim + value_shape[3])
+
+
+def counter_mapping() -> dict:
+    """For `torch.utils.flop_counter.FlopCounterMode(custom_mapping=…)`: the CPU's fused attention, which torch's
+    own table leaves out."""
+    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops}
