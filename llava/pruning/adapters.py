@@ -84,11 +84,7 @@ class Adapter:
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Which of `input_ids` (int64 [batch, rows]) are visual, bool; None if ids cannot tell."""
         config = self.model.config
-        ids = [
-            getattr(config, key)
-            for key in self.family.visual_token_keys
-            if getattr(config, key, None) is not None
-        ]
+        ids = [getattr(config, key) for key in self.family.visual_token_keys if getattr(config, key, None) is not None]
         if not ids:
             return None
         return torch.isin(input_ids, torch.tensor(sorted(set(ids)), device=input_ids.device))

@@ -108,9 +108,7 @@ def attend_behind(
     if rows == 1:
         return attend(query, keys, values, scale, causal=False, tally=tally)
     past = num_keys - rows
-    before, lse_before = attend_with_lse(
-        query, keys[:, :past], values[:, :past], scale, causal=False, tally=tally
-    )
+    before, lse_before = attend_with_lse(query, keys[:, :past], values[:, :past], scale, causal=False, tally=tally)
     own, lse_own = attend_with_lse(query, keys[:, past:], values[:, past:], scale, causal=True, tally=tally)
     share = torch.sigmoid(lse_before - lse_own)[..., None]
     return (share * before + (1 - share) * own).to(query.dtype)
@@ -152,15 +150,11 @@ def _read_no_image(
     for number, (first, stop) in enumerate(rows.runs):
         # The rows before the first run see no image, so they may share its call.
         begin = 0 if number == 0 else first
-        output[:, begin:stop] = attend_behind(
-            query[:, begin:stop], keys[:, :stop], values[:, :stop], scale, tally
-        )
+        output[:, begin:stop] = attend_behind(query[:, begin:stop], keys[:, :stop], values[:, :stop], scale, tally)
 
     text = rows.text_index(query.device)
     text_query = query[:, text]
-    text_output, text_lse = attend_with_lse(
-        text_query, keys[:, text], values[:, text], scale, causal=True, tally=tally
-    )
+    text_output, text_lse = attend_with_lse(text_query, keys[:, text], values[:, text], scale, causal=True, tally=tally)
     image_lse = torch.full_like(text_lse, -torch.inf)
     for first, stop in rows.runs:
         behind = int(rows.text.searchsorted(stop))
@@ -208,9 +202,7 @@ def _read_sink(
     if reading is Reading.FIRST_SINK:
         # The rows before the image have nothing to collapse.
         first_visual = rows.runs[0][0]
-        part, part_lse = attend_with_lse(
-            query[:, text], text_keys, text_values, scale, causal=True, tally=tally
-        )
+        part, part_lse = attend_with_lse(query[:, text], text_keys, text_values, scale, causal=True, tally=tally)
         own = (part_lse - lse[:, text]).exp()[:, first_visual:, None]
         sink = values[:, first_visual].repeat_interleave(query.shape[0] // values.shape[0], dim=0)[:, None]
         output[:, text[first_visual:]] = (own * part[:, first_visual:] + (1 - own) * sink).to(query.dtype)

@@ -180,9 +180,7 @@ class RaggedLayer(DynamicLayer):
         self._place_cursor()
 
     def offload(self) -> None:
-        raise RuntimeError(
-            "an offloaded KV cache cannot hold a pruned prompt; use the default cache_implementation"
-        )
+        raise RuntimeError("an offloaded KV cache cannot hold a pruned prompt; use the default cache_implementation")
 
     prefetch = offload
 

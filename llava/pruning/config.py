@@ -71,9 +71,7 @@ class PruningConfig:
         listed = isinstance(mode, list | tuple)
         _check("mode", mode, listed, f"a list with any of {list(STAGES)}")
         for stage in mode:
-            _check(
-                "mode", mode, stage in STAGES, f"a list with any of {list(STAGES)}; {stage!r} is none of them"
-            )
+            _check("mode", mode, stage in STAGES, f"a list with any of {list(STAGES)}; {stage!r} is none of them")
         object.__setattr__(self, "mode", tuple(stage for stage in STAGES if stage in mode))
 
         for key in ("shallow_mid_layer", "mid_deep_layer"):
@@ -173,9 +171,7 @@ class PruningConfig:
                 f"pruning config: unknown key {', '.join(map(repr, unknown))}; known keys are {', '.join(known)}"
             )
         if "mode" not in source:
-            raise PruningConfigError(
-                f"pruning config: 'mode' missing; it must be a list with any of {list(STAGES)}"
-            )
+            raise PruningConfigError(f"pruning config: 'mode' missing; it must be a list with any of {list(STAGES)}")
         return cls(**source)
 
     @staticmethod
@@ -229,7 +225,5 @@ class PruningConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as it would be written in JSON: keys that are None are left out."""
         return {
-            key: list(value) if key == "mode" else value
-            for key, value in asdict(self).items()
-            if value is not None
+            key: list(value) if key == "mode" else value for key, value in asdict(self).items() if value is not None
         }

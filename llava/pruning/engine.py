@@ -89,9 +89,7 @@ class Prefill:
             hidden = self._pack(hidden)
             self.position_embeddings = tuple(self._pack(part) for part in kwargs["position_embeddings"])
             position_ids = kwargs.get("position_ids")
-            self.position_ids = (
-                self._pack(position_ids[..., None])[..., 0] if position_ids is not None else None
-            )
+            self.position_ids = self._pack(position_ids[..., None])[..., 0] if position_ids is not None else None
         else:
             self._settle(layer - 1)
             hidden = self._drop_rows(hidden)
@@ -222,9 +220,7 @@ class Prefill:
         tally.scores += heads * rows.num_prompt
         tally.values += heads * len(rows.visual)
         visual = rows.visual_index(query.device)
-        return measure_visual_shares(
-            query[:, last], keys[:, prompt], values[:, prompt], output[:, last], visual, scale
-        )
+        return measure_visual_shares(query[:, last], keys[:, prompt], values[:, prompt], output[:, last], visual, scale)
 
 
 def _select_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -340,11 +336,7 @@ class PruningRun:
                 on(layer.register_forward_pre_hook(self._layer_hook(number), with_kwargs=True).remove)
             on(layers[-1].register_forward_hook(self._after_last_layer).remove)
             for config in self._adapter.attention_configs:
-                on(
-                    lambda config=config, old=config._attn_implementation: setattr(
-                        config, "_attn_implementation", old
-                    )
-                )
+                on(lambda config=config, old=config._attn_implementation: setattr(config, "_attn_implementation", old))
                 config._attn_implementation = ATTENTION_NAME
         plain_generate = model.generate
         shadowed = "generate" in vars(model)
@@ -389,9 +381,7 @@ class PruningRun:
         if self._policy is not None and kwargs.get("output_attentions"):
             raise UnsupportedCallError("output_attentions is not available with pruning: attention is fused")
 
-    def _before_decoder(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self._state is not None and self._thread != threading.get_ident():
             raise RuntimeError("another call is running on this model under pruning; wait for it to end")
         given_mask = kwargs.pop("visual_mask", None)
@@ -407,11 +397,7 @@ class PruningRun:
             return args, kwargs
         visual = self._visual_rows(given_mask, ids, batch, width)
         use_cache = kwargs.get("use_cache")
-        if (
-            self._policy is not None
-            and cache is None
-            and (module.config.use_cache if use_cache is None else use_cache)
-        ):
+        if self._policy is not None and cache is None and (module.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache()
         self._state = self._begin(visual, kwargs.get("attention_mask"), batch, width, cache)
         return args, kwargs
@@ -505,9 +491,7 @@ class PruningRun:
         if attention_mask is None:
             return [0] * batch
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            raise UnsupportedCallError(
-                "pruning needs a 2-D attention_mask, [batch, rows]; prepared masks are refused"
-            )
+            raise UnsupportedCallError("pruning needs a 2-D attention_mask, [batch, rows]; prepared masks are refused")
         valid = attention_mask.cpu().numpy().astype(bool)
         padding = valid.argmax(axis=1)  # the first row that counts
         if any(not row[pad:].all() for row, pad in zip(valid, padding, strict=True)):
@@ -525,14 +509,10 @@ class PruningRun:
         return Decoding(cache)
 
     def _layer_hook(self, number: int) -> Callable:
-        def before_layer(
-            module: nn.Module, args: tuple, kwargs: dict[str, Any]
-        ) -> tuple[tuple, dict[str, Any]]:
+        def before_layer(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             state = self._state
             if state is None or self._thread != threading.get_ident():
-                raise RuntimeError(
-                    "a decoder layer was called while pruning is on, but not through its decoder"
-                )
+                raise RuntimeError("a decoder layer was called while pruning is on, but not through its decoder")
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             kwargs["forward_state"] = state
             return (state.enter_layer(number, hidden, kwargs), *rest), kwargs
@@ -548,20 +528,13 @@ class PruningRun:
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
         state, self._state, self._thread = self._state, None, None
         hidden_states = getattr(output, "hidden_states", None)
-        if (
-            hidden_states is None
-            or not isinstance(state, Prefill)
-            or len(state.samples) == 1
-            or self._policy is None
-        ):
+        if hidden_states is None or not isinstance(state, Prefill) or len(state.samples) == 1 or self._policy is None:
             return output
         # Entry 0 is the input of layer 0, entry i + 1 what layer i gave. The last is already unpacked: transformers
         # puts the normed final state there.
         counts = [state.counts_per_layer[0], *state.counts_per_layer]
         output.hidden_states = tuple(
-            entry
-            if entry is None or entry.shape[0] == len(state.samples)
-            else state.unpack(entry, counts[number])
+            entry if entry is None or entry.shape[0] == len(state.samples) else state.unpack(entry, counts[number])
             for number, entry in enumerate(hidden_states)
         )
         return output
@@ -596,9 +569,7 @@ class _GenerationOptions:
     @property
     def is_assisted(self) -> bool:
         """Whether draft tokens come with the prompt."""
-        return any(
-            self.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-        )
+        return any(self.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"))
 
     def refuse_unsupported(self) -> None:
         """Raise `UnsupportedCallError` for what would silently go wrong."""
@@ -614,9 +585,7 @@ class _GenerationOptions:
             if self.get(name):
                 raise UnsupportedCallError(f"{name}={self.get(name)!r} cannot be used with pruning: {reason}")
         if self.get("use_cache", True) is False:
-            raise UnsupportedCallError(
-                "use_cache=False cannot be used with pruning: decisions fall once, in prefill"
-            )
+            raise UnsupportedCallError("use_cache=False cannot be used with pruning: decisions fall once, in prefill")
         kind = self.get("cache_implementation")
         if kind not in (None, "dynamic"):
             raise UnsupportedCallError(

@@ -41,9 +41,7 @@ class DecoderShape:
         adapter = adapter_for(model)
         config = adapter.decoder.config
         linear_weights = sum(
-            part.in_features * part.out_features
-            for part in adapter.layers[0].modules()
-            if isinstance(part, nn.Linear)
+            part.in_features * part.out_features for part in adapter.layers[0].modules() if isinstance(part, nn.Linear)
         )
         return cls(
             num_layers=len(adapter.layers),

@@ -65,9 +65,7 @@ def measure_visual_shares(
     grouped = (kv_heads, heads // kv_heads, head_dim)
     query, output = query.float().view(grouped), output.float().reshape(grouped)
 
-    weights = torch.softmax(query @ keys.float().transpose(1, 2) * scale, dim=-1)[
-        :, :, visual
-    ]  # [kv, group, visual]
+    weights = torch.softmax(query @ keys.float().transpose(1, 2) * scale, dim=-1)[:, :, visual]  # [kv, group, visual]
     visual_values = values[:, visual].float()  # [kv, visual, head_dim]
 
     dot = (weights * (output @ visual_values.transpose(1, 2))).sum((0, 1))
