@@ -1,0 +1,77 @@
+"""The recorded runs of the published implementation in `tests/golden/` (its README is their format)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = sorted(path.stem for path in (FOLDER / "cases").glob("*.json"))
+
+
+@cache
+def golden_model(name: str) -> LlavaLlamaForCausalLM:
+    settings = json.loads((FOLDER / "models" / f"{name}.config.json").read_text())
+    if not settings.pop("has_vision_tower"):
+        settings.pop("mm_projector_type")
+    model = LlavaLlamaForCausalLM(LlavaConfig(**settings))
+    model.load_state_dict(load_file(FOLDER / "models" / f"{name}.weights.safetensors"))
+    return model.eval()
+
+
+@cache
+def golden_features(name: str) -> dict[str, torch.Tensor]:
+    return load_file(FOLDER / "models" / f"{name}.features.safetensors")
+
+
+@dataclass
+class GoldenCase:
+    name: str
+    facts: dict
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def load(cls, name: str) -> GoldenCase:
+        facts = json.loads((FOLDER / "cases" / f"{name}.json").read_text())
+        return cls(name, facts, load_file(FOLDER / "cases" / f"{name}.safetensors"))
+
+    @property
+    def model(self) -> LlavaLlamaForCausalLM:
+        """The case's model under the case's name, which selects the rule for layer 0."""
+        model = golden_model(self.facts["model"])
+        model.config._name_or_path = self.facts["name_or_path"]
+        return model
+
+    @property
+    def pixels(self) -> torch.Tensor | None:
+        """`[n, 3, 336, 336]`, where the case has pictures."""
+        if self.facts["input"]["kind"] != "pixels":
+            return None
+        small = (self.tensors["images_u8"].float() - 128) / 64
+        return small.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
+
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The spliced prompt: embeddings `[N, H]` and which rows are visual, bool `[N]`."""
+        model = self.model
+        if self.pixels is not None:
+            features = list(model.encode_images(self.pixels).detach())
+        else:
+            stored = golden_features(self.facts["model"])
+            features = [stored[key] for key in self.facts["input"].get("image_keys") or []]
+        pieces, visual, used = [], [], 0
+        for token in self.tensors["input_ids"][0]:
+            if token == IMAGE_TOKEN_INDEX:
+                piece, used = features[used], used + 1
+            else:
+                piece = model.get_input_embeddings()(token[None]).detach()
+            visual += [bool(token == IMAGE_TOKEN_INDEX)] * len(piece)
+            pieces.append(piece)
+        return torch.cat(pieces), torch.tensor(visual)
