@@ -17,7 +17,7 @@ Size = tuple[int, int]
 """Width and height in pixels, the order of ``PIL.Image.size``."""
 
 
-# --- prompts -------------------------------------------------------------------------------------------------
+# --- prompts ---
 
 
 def tokenizer_image_token(
@@ -60,9 +60,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
             ids come back) means that everything is new.
     """
 
-    def __init__(
-        self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, keywords: Sequence[str], tokenizer: Any, input_ids: torch.Tensor | None = None) -> None:
         self.keywords = list(keywords)
         self.tokenizer = tokenizer
         self.prompt_ids = input_ids
@@ -82,7 +80,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         return torch.tensor(done, dtype=torch.bool, device=output_ids.device)
 
 
-# --- pictures ------------------------------------------------------------------------------------------------
+# --- pictures ---
 
 
 def expand2square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
@@ -116,9 +114,7 @@ def grid_pinpoints(value: Any) -> list[Size]:
             f"image_grid_pinpoints is {value!r}; a list of [width, height] is needed for anyres images"
         ) from error
     if not sizes:
-        raise UserError(
-            "image_grid_pinpoints is empty; a list of [width, height] is needed for anyres images"
-        )
+        raise UserError("image_grid_pinpoints is empty; a list of [width, height] is needed for anyres images")
     return sizes
 
 
@@ -211,9 +207,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
         background = tuple(int(channel * 255) for channel in image_processor.image_mean)
         prepared = [_pixels(expand2square(image, background), image_processor) for image in images]
     elif aspect == "anyres":
-        prepared = [
-            process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images
-        ]
+        prepared = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
     else:
         prepared = [_pixels(image, image_processor) for image in images]
     if prepared and all(pixels.shape == prepared[0].shape for pixels in prepared):

@@ -90,7 +90,7 @@ class LlavaMetaForCausalLM:
         """What the last ``forward`` or ``generate`` with a ``pruning_config`` decided, one trace a sample."""
         return list(self._last_pruning_traces)
 
-    # --- images → rows ---------------------------------------------------------------------------------------
+    # --- images → rows ---
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Projected features ``[n, patches, H]`` of images ``[n, 3, S, S]``."""
@@ -104,9 +104,7 @@ class LlavaMetaForCausalLM:
     def _require_tower(self) -> CLIPVisionTower:
         tower = self.get_vision_tower()
         if tower is None:
-            raise UserError(
-                "images were given, but this model has no vision tower; pass inputs_embeds and visual_mask"
-            )
+            raise UserError("images were given, but this model has no vision tower; pass inputs_embeds and visual_mask")
         return tower
 
     def image_rows(
@@ -135,9 +133,7 @@ class LlavaMetaForCausalLM:
             return [part.flatten(0, 1) for part in parts]
         sizes = list(image_sizes) if image_sizes is not None else [None] * len(parts)
         if len(sizes) != len(parts):
-            raise UserError(
-                f"{len(parts)} images but {len(sizes)} image_sizes; give one (width, height) an image"
-            )
+            raise UserError(f"{len(parts)} images but {len(sizes)} image_sizes; give one (width, height) an image")
         return [self._merge_tiles(part, size) for part, size in zip(parts, sizes, strict=True)]
 
     def _check_pixels(self, pixels: torch.Tensor) -> None:
@@ -158,9 +154,7 @@ class LlavaMetaForCausalLM:
             raise UserError("anyres images need image_sizes, the (width, height) of each original picture")
         tower = self._require_tower()
         side = tower.num_patches_per_side
-        columns, rows = get_anyres_image_grid_shape(
-            size, self.config.image_grid_pinpoints, tower.config.image_size
-        )
+        columns, rows = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.config.image_size)
         if len(tiles) != columns * rows:
             raise UserError(
                 f"an image of size {tuple(size)} takes {columns} x {rows} tiles and the whole picture, "
@@ -176,7 +170,7 @@ class LlavaMetaForCausalLM:
         line_ends = newline.to(grid).expand(len(grid), 1, -1)
         return torch.cat([whole, torch.cat([grid, line_ends], dim=1).flatten(0, 1)])
 
-    # --- the splice ------------------------------------------------------------------------------------------
+    # --- the splice ---
 
     def splice(
         self,
@@ -198,9 +192,7 @@ class LlavaMetaForCausalLM:
         Raises:
             UserError: as many images as image tokens were not given.
         """
-        keep = (
-            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        )
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [ids[kept.to(ids.device)] for ids, kept in zip(input_ids, keep, strict=True)]
         num_tokens = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in prompts)
         num_images = 0 if images is None else len(images)
@@ -232,7 +224,7 @@ class LlavaMetaForCausalLM:
             start = end + 1
         return torch.cat(pieces), torch.cat(visual).to(text.device)
 
-    # --- forward and generate --------------------------------------------------------------------------------
+    # --- forward and generate ---
 
     def forward(
         self,
@@ -288,9 +280,7 @@ class LlavaMetaForCausalLM:
                 visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
             else:
                 if labels is not None:
-                    raise UserError(
-                        "labels cannot be given with images: image rows shift them; use the logits"
-                    )
+                    raise UserError("labels cannot be given with images: image rows shift them; use the logits")
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
                 input_ids, inputs_embeds = None, spliced.inputs_embeds
                 attention_mask, visual_mask = spliced.attention_mask, spliced.visual_mask

@@ -1,0 +1,493 @@
+"""``load_pretrained_model``: any LLaVA checkpoint → tokenizer, model, image processor, context length.
+
+All layouts end in the same classes with weights under original names, so that every tool treats all checkpoints
+alike. The order is: look at the arguments, the config, the tokenizer and the names and shapes of the weights; only
+then read weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import is_flash_attn_2_available, logging
+
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model import checkpoint, key_mapping
+from llava.model.checkpoint import Weights
+from llava.model.configs import MODEL_OF_CONFIG, AnyLlavaConfig, is_hf_layout, model_config, with_decoder_of
+from llava.model.multimodal_encoder.builder import (
+    KNOWN_TOWERS,
+    has_vision_tower,
+    tower_name,
+    vision_config_of,
+)
+from llava.utils import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float64": torch.float64,
+}
+_ATTENTION = ("sdpa", "eager", "flash_attention_2")
+_DEFAULT_CONTEXT = 2048
+# Below this many bytes loading takes a moment and a progress bar is noise.
+_PROGRESS_FROM = 1 << 28
+
+
+def load_pretrained_model(
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: Any = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    use_flash_attn: bool = False,
+    offload_folder: str | Path | None = None,
+    max_memory: dict[Any, Any] | None = None,
+) -> tuple[Any, Any, Any, int]:
+    """Load a LLaVA checkpoint of the original or the Hugging Face layout.
+
+    Args:
+        model_path: a folder, or a hub id.
+        model_base: the base language model, where ``model_path`` holds only a LoRA adapter or a projector.
+        model_name: the checkpoint's name (``lora`` and ``mistral`` in it mean something); absent, from the path.
+        load_8bit, load_4bit: quantise while loading, with bitsandbytes (4 bit: nf4, double quantisation, fp16
+            compute); tower, projector and ``lm_head`` stay as they are.
+        device_map: as in transformers (``"auto"`` or a dict); wins over ``device``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; absent, the first of cuda, mps, cpu that is there.
+        dtype: of the weights in memory, whatever the files hold; absent, float32 on CPU and float16 elsewhere.
+        attn_implementation: ``sdpa`` (default), ``eager`` or ``flash_attention_2``.
+        use_flash_attn: the same as ``attn_implementation="flash_attention_2"``.
+        offload_folder, max_memory: as in transformers, for a ``device_map`` that offloads.
+
+    Returns:
+        tokenizer, model (in eval mode), CLIP image processor, context length in rows.
+
+    Raises:
+        UserError: one line that says what is wrong; before any weights are read.
+    """
+    placement = _placement(device, device_map, dtype)
+    attention = _attention(attn_implementation, use_flash_attn, placement)
+    quantization = _quantization(load_8bit, load_4bit)
+    name = model_name or Path(str(model_path).rstrip("/")).name
+    source = _open(model_path, model_base, name)
+    tokenizer = load_tokenizer(source.tokenizer_folder)
+    image_processor = load_image_processor(source.folder, source.config)
+
+    cls = MODEL_OF_CONFIG[type(source.config)]
+    with torch.device("meta"):
+        skeleton = cls(source.config)
+    tied = frozenset({"lm_head.weight"} if source.config.tie_word_embeddings else ())
+    checkpoint.check_weights(skeleton, source.weights, tied, str(model_path))
+    with _progress(checkpoint.size_in_bytes(source.weights) >= _PROGRESS_FROM):
+        model: Any = cls.from_pretrained(
+            None,
+            config=source.config,
+            state_dict=source.weights,
+            dtype=placement.dtype,
+            device_map=placement.device_map,
+            quantization_config=quantization,
+            attn_implementation=attention,
+            offload_folder=None if offload_folder is None else str(offload_folder),
+            max_memory=max_memory,
+        )
+    # Read by the pruning engine (the published names decide layer 0's rule) and written into saved configs.
+    model.config._name_or_path = str(model_path)
+    model.name_or_path = str(model_path)
+    _set_generation_config(model, source.folder, tokenizer)
+    if source.adapter_folder is not None:
+        model = _merge_adapter(model, source.adapter_folder)
+    _add_image_tokens(model, tokenizer)
+    model.eval()
+    tower = model.get_vision_tower()
+    if tower is not None:
+        tower.image_processor = image_processor
+    return tokenizer, model, image_processor, context_length(model.config)
+
+
+def context_length(config: Any) -> int:
+    """How many rows (text and visual) a prompt and its answer may have together."""
+    for key in ("max_sequence_length", "max_position_embeddings"):
+        if getattr(config, key, None):
+            return int(getattr(config, key))
+    return _DEFAULT_CONTEXT
+
+
+# --- arguments ---
+
+
+@dataclass(frozen=True)
+class _Placement:
+    device_map: Any
+    dtype: torch.dtype
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from its name (``float16``, ``fp16``, …).
+
+    Raises:
+        UserError: no such dtype for weights.
+    """
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
+        return DTYPES[dtype.removeprefix("torch.")]
+    raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it.
+
+    Raises:
+        UserError: it has not, or the name is none.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:N or mps") from error
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"device {str(device)!r} was asked for, but torch sees no CUDA GPU here; use --device cpu")
+        if found.index is not None and found.index >= torch.cuda.device_count():
+            raise UserError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
+    elif found.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device 'mps' was asked for, but this is no Mac with Metal; use --device cpu")
+    elif found.type != "cpu":
+        raise UserError(f"device {str(device)!r} is not supported; use cpu, cuda, cuda:N or mps")
+    return found
+
+
+def default_device() -> torch.device:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _placement(device: Any, device_map: Any, dtype: Any) -> _Placement:
+    main = check_device(device) if device is not None else default_device()
+    if isinstance(device_map, (str, torch.device)) and device_map not in (
+        "auto",
+        "balanced",
+        "balanced_low_0",
+        "sequential",
+    ):
+        main = check_device(device_map)
+        device_map = {"": main}
+    elif isinstance(device_map, dict):
+        for place in device_map.values():
+            if isinstance(place, int):
+                place = f"cuda:{place}"
+            if place != "disk":
+                check_device(place)
+    elif device_map is None:
+        device_map = {"": main}
+    if dtype is None:
+        dtype = torch.float32 if main.type == "cpu" else torch.float16
+    return _Placement(device_map, parse_dtype(dtype))
+
+
+def _attention(asked: str | None, use_flash_attn: bool, placement: _Placement) -> str:
+    if use_flash_attn:
+        asked = asked or "flash_attention_2"
+    name = asked or "sdpa"
+    if name not in _ATTENTION:
+        raise UserError(f"attn_implementation {name!r} is unknown; choose one of {', '.join(_ATTENTION)}")
+    if name == "flash_attention_2":
+        if not is_flash_attn_2_available():
+            raise UserError(
+                "flash_attention_2 needs a CUDA GPU and the extra 'flash': pip install 'llava-visipruner[flash]'"
+            )
+        if placement.dtype not in (torch.float16, torch.bfloat16):
+            raise UserError(f"flash_attention_2 works in float16 and bfloat16, not in {placement.dtype}")
+    return name
+
+
+def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None:
+    if not (load_8bit or load_4bit):
+        return None
+    if load_8bit and load_4bit:
+        raise UserError("load_8bit and load_4bit exclude each other")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "8- and 4-bit loading needs bitsandbytes, the extra 'quant': pip install 'llava-visipruner[quant]'"
+        )
+    whole = ["lm_head", "mm_projector", "vision_tower"]
+    if load_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=whole,
+    )
+
+
+# --- what the checkpoint is ---
+
+
+@dataclass
+class _Source:
+    """A checkpoint that was understood: what to build and where everything comes from."""
+
+    folder: Path
+    config: AnyLlavaConfig
+    weights: Weights
+    tokenizer_folder: Path
+    adapter_folder: Path | None = None
+
+
+def _open(model_path: str | Path, model_base: str | Path | None, name: str) -> _Source:
+    folder = checkpoint.resolve_folder(model_path)
+    raw = checkpoint.read_json(folder / "config.json")
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if model_base is None:
+        if is_adapter or ("lora" in name.lower() and not _may_have_weights(model_path, folder)):
+            raise UserError(f"{model_path} is a LoRA adapter; give its base model as model_base (--model-base)")
+        config = model_config(raw, name)
+        checkpoint.fetch_weights(model_path, folder)
+        weights = _named_as_original(checkpoint.open_weights(folder), is_hf_layout(raw))
+        if not _any_below(weights, "model.mm_projector.") and (folder / "mm_projector.bin").is_file():
+            weights |= _projector(folder)
+        source = _Source(folder, config, weights, tokenizer_folder=folder)
+    else:
+        source = _open_on_base(model_path, folder, raw, model_base, name, "lora" in name.lower() or is_adapter)
+    _add_tower(source)
+    return source
+
+
+def _may_have_weights(model_path: str | Path, folder: Path) -> bool:
+    return checkpoint.has_weights(folder) or not Path(model_path).expanduser().is_dir()
+
+
+def _open_on_base(
+    model_path: str | Path,
+    folder: Path,
+    raw: dict[str, Any],
+    model_base: str | Path,
+    name: str,
+    is_adapter: bool,
+) -> _Source:
+    base_folder = checkpoint.resolve_folder(model_base)
+    base_raw = checkpoint.read_json(base_folder / "config.json")
+    base_is_hf = is_hf_layout(base_raw)
+    base_values = model_config(base_raw).to_dict() if base_is_hf else base_raw
+    config = model_config(with_decoder_of(base_values, raw), name)
+    checkpoint.fetch_weights(model_path, folder)
+    checkpoint.fetch_weights(model_base, base_folder)
+    extras_file = folder / ("non_lora_trainables.bin" if is_adapter else "mm_projector.bin")
+    if not extras_file.is_file():
+        raise UserError(
+            f"{extras_file} is missing; with a base model, "
+            + (
+                "a LoRA folder holds adapter_config.json, adapter_model.* and this file"
+                if is_adapter
+                else "the folder holds a projector (or, with 'lora' in its name, an adapter)"
+            )
+        )
+    if is_adapter and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder / 'adapter_config.json'} is missing; the LoRA adapter is incomplete")
+    weights = _named_as_original(checkpoint.open_weights(base_folder), base_is_hf)
+    if is_adapter:
+        extras = checkpoint.open_file(extras_file)
+        weights |= {key_mapping.from_lora_extras(key): weight for key, weight in extras.items()}
+    else:
+        weights |= _projector(folder)
+    if "lm_head.weight" in weights:
+        # Fine-tuning may have added tokens that the base's config does not count.
+        config.vocab_size = checkpoint.shape_of(weights["lm_head.weight"])[0]
+    has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    tokenizer_folder = folder if is_adapter and has_tokenizer else base_folder
+    return _Source(folder, config, weights, tokenizer_folder, folder if is_adapter else None)
+
+
+def _named_as_original(weights: Weights, is_hf: bool) -> Weights:
+    named = ((key_mapping.from_hf(key) if is_hf else key, weight) for key, weight in weights.items())
+    return {key: weight for key, weight in named if not key_mapping.is_old_buffer(key)}
+
+
+def _projector(folder: Path) -> Weights:
+    """``mm_projector.bin``, whose keys may carry the wrappers of distributed training in front."""
+    file = folder / "mm_projector.bin"
+    found = {}
+    for key, weight in checkpoint.open_file(file).items():
+        start = max(key.find("mm_projector."), key.find("image_newline"))
+        if start < 0:
+            raise UserError(f"{file} holds {key}, which is no part of a projector")
+        found["model." + key[start:]] = weight
+    return found
+
+
+def _any_below(weights: Weights, prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in weights)
+
+
+def _add_tower(source: _Source) -> None:
+    """Settle the tower's architecture, and take its weights from outside where the checkpoint has none."""
+    config = source.config
+    if not has_vision_tower(config):
+        return
+    vision = vision_config_of(config)
+    # With this a saved copy of the model needs neither the hub nor the tower's folder.
+    config.vision_config = {**vision.to_diff_dict(), "model_type": vision.model_type}
+    name = tower_name(config)
+    if _any_below(source.weights, key_mapping.TOWER_PREFIX) or name is None:
+        return
+    try:
+        folder = checkpoint.resolve_folder(name)
+        checkpoint.fetch_weights(name, folder)
+    except UserError as error:
+        raise UserError(
+            f"the checkpoint's vision tower is not inside it and could not be found: {error}; "
+            "mm_vision_tower in config.json may name a downloaded folder"
+        ) from error
+    for key, weight in checkpoint.open_weights(folder).items():
+        original = key_mapping.from_clip(key)
+        if original is not None and not key_mapping.is_old_buffer(original):
+            source.weights[original] = weight
+
+
+# --- tokenizer and image processor ---
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint: ``tokenizer.json`` as it is, else LLaMA's from ``tokenizer.model``.
+
+    Raises:
+        UserError: neither is there, or it cannot be read.
+    """
+    as_json, as_sentencepiece = (folder / file for file in _TOKENIZER_FILES)
+    if not as_json.is_file() and not as_sentencepiece.is_file():
+        raise UserError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
+    cls = PreTrainedTokenizerFast if as_json.is_file() else LlamaTokenizer
+    try:
+        return cls.from_pretrained(str(folder))
+    except Exception as error:  # sentencepiece, tokenizers and transformers all raise their own
+        raise UserError(f"cannot read the tokenizer in {folder}: {error}") from error
+
+
+_PROCESSOR_KEYS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+)
+
+
+def load_image_processor(folder: Path, config: Any) -> Any:
+    """The checkpoint's own CLIP processor, else its tower's, else CLIP's defaults at the tower's size.
+
+    ``None`` for a model without a vision tower.
+    """
+    if not has_vision_tower(config):
+        return None
+    settings = _processor_settings(folder)
+    name = tower_name(config)
+    if settings is None and name is not None and name not in KNOWN_TOWERS:
+        settings = _processor_settings(checkpoint.resolve_folder(name))
+    side = vision_config_of(config).image_size
+    defaults = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    given = {key: value for key, value in (settings or {}).items() if key in _PROCESSOR_KEYS}
+    return CLIPImageProcessorPil(**{**defaults, **given})
+
+
+def _processor_settings(folder: Path) -> dict[str, Any] | None:
+    if (folder / "preprocessor_config.json").is_file():
+        return checkpoint.read_json(folder / "preprocessor_config.json")
+    if (folder / "processor_config.json").is_file():
+        return checkpoint.read_json(folder / "processor_config.json").get("image_processor")
+    return None
+
+
+# --- after the weights ---
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[None]:
+    """transformers' bar over the weights, only where it is worth one."""
+    was_shown = logging.is_progress_bar_enabled()
+    if not show:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
+def _set_generation_config(model: Any, folder: Path, tokenizer: Any) -> None:
+    if (folder / "generation_config.json").is_file():
+        values = checkpoint.read_json(folder / "generation_config.json")
+        model.generation_config = GenerationConfig.from_dict(values)
+    config = model.generation_config
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id
+
+
+def _merge_adapter(model: Any, folder: Path) -> Any:
+    """The model with its LoRA adapter merged in."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise UserError("LoRA adapters need the extra 'peft': pip install 'llava-visipruner[peft]'") from error
+    names = _adapter_names(folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not any("vision_tower" in key for key in names) and config.exclude_modules is None:
+        # Target names such as q_proj also fit CLIP's layers, which LLaVA's adapters never cover.
+        config.exclude_modules = r".*\b(vision_tower|mm_projector)\b.*"
+    wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+    return wrapped.merge_and_unload()
+
+
+def _adapter_names(folder: Path) -> list[str]:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return list(checkpoint.open_file(folder / name))
+    raise UserError(f"{folder} has no adapter_model.safetensors or adapter_model.bin")
+
+
+def _add_image_tokens(model: Any, tokenizer: Any) -> None:
+    """Give tokenizer and embedding the extra tokens that the config asks for, where the checkpoint lacks them."""
+    extra = []
+    if getattr(model.config, "mm_use_im_patch_token", False):
+        extra.append(DEFAULT_IMAGE_PATCH_TOKEN)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        extra += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+    if extra:
+        tokenizer.add_tokens(extra, special_tokens=True)
+    rows = model.get_input_embeddings().weight.shape[0]
+    added = len(tokenizer) - rows
+    if added <= 0 or not extra:
+        return
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = table.weight.data
+        weight[rows:] = weight[:rows].float().mean(dim=0).to(weight.dtype)
