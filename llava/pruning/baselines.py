@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .policy import Cause, Decision, Policy, PolicyFactory, Prompt
+from .config import PruningConfig
+from .policy import Cause, Decision, Policy, PolicyFactory, Prompt, VisiPruner
 from .probe import Probe
 
 
@@ -55,3 +56,56 @@ def keep_at_layer(
 ) -> PolicyFactory:
     """A factory of `KeepAtLayer`; `prune(model, policy=keep_at_layer(2, 64))`."""
     return lambda prompt: KeepAtLayer(prompt, layer, num_kept, score, exit_layer, seed)
+
+
+class ForcedSchedule(VisiPruner):
+    """VisiPruner with its decisions given instead of found, so that a benchmark on random weights has a real schedule.
+
+    Everything is computed that `VisiPruner` with all three stages computes: the shallow stage below
+    `shallow_mid_layer`, and the probe in every layer where the method would look at it. The `num_kept` visual
+    tokens with the longest shares survive `select_layer`; they leave at the input of `exit_layer` (None: never).
+
+    Raises:
+        ValueError: layers out of order, 0 < shallow_mid_layer < select_layer < exit_layer <= number of layers.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        shallow_mid_layer: int,
+        select_layer: int,
+        num_kept: int,
+        exit_layer: int | None,
+        sink: str = "first",
+    ):
+        last = prompt.num_layers if exit_layer is None else exit_layer
+        if not 0 < shallow_mid_layer < select_layer < last <= prompt.num_layers:
+            raise ValueError(
+                f"forced schedule: layers {shallow_mid_layer} < {select_layer} < {exit_layer} must ascend "
+                f"within 1 … {prompt.num_layers}"
+            )
+        stages = PruningConfig(
+            ("shallow", "middle", "deep"),
+            shallow_mid_layer=shallow_mid_layer,
+            layer_threshold=0.5,  # never compared
+            tokens_threshold=1.0,  # never compared
+        )
+        super().__init__(stages, sink)
+        self.select_layer, self.num_kept, self.exit_layer = select_layer, num_kept, exit_layer
+
+    def decide(self, layer: int, num_visual: int, probe: Probe | None) -> Decision | None:
+        if layer == self.select_layer:
+            self.selected = True
+            keep = np.zeros(num_visual, dtype=bool)
+            keep[np.argsort(-probe.norm, kind="stable")[: self.num_kept]] = True
+            return Decision(keep, Cause.SELECTION)
+        if self.exit_layer is not None and layer == self.exit_layer - 1:
+            return Decision(np.zeros(num_visual, dtype=bool), Cause.EXIT)
+        return None
+
+
+def forced_schedule(
+    shallow_mid_layer: int, select_layer: int, num_kept: int, exit_layer: int | None, sink: str = "first"
+) -> PolicyFactory:
+    """A factory of `ForcedSchedule`; `prune(model, policy=forced_schedule(6, 9, 10, 16))`."""
+    return lambda prompt: ForcedSchedule(prompt, shallow_mid_layer, select_layer, num_kept, exit_layer, sink)
