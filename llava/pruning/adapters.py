@@ -1,17 +1,22 @@
 """What differs from one model family to the next, and nothing else.
 
-An adapter answers: where is the decoder and its layers, which input ids are visual, and from which layer on may
-rows be dropped.
+An adapter answers: where is the decoder and its layers, which input ids are visual, how many rows an image has,
+and from which layer on may rows be dropped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llava.utils import UserError
+
+from .config import PruningConfig, PruningConfigError
 
 
 class UnsupportedModelError(UserError):
@@ -23,33 +28,68 @@ class Family:
     """One model family.
 
     Attributes:
-        visual_token_keys: config attributes that hold the ids of visual placeholders in `input_ids`.
-        first_layer: rows may be dropped at the input of this layer or later.
-        note: what a user of this family should know.
+        visual_token_keys: config attributes that hold the ids of visual placeholders in `input_ids`. Empty: only a
+            `visual_mask` can tell which rows are visual.
+        first_layer: given the outer config, the first layer at whose input rows may be missing.
+        row_kwargs: keyword arguments of the decoder that are laid out like its rows, `[batch, rows]`.
+        images: given the forward's keyword arguments, how many images there are, where all have equally many rows
+            and no text needs to stand between two of them; None: an image is a stretch of visual rows.
     """
 
-    visual_token_keys: tuple[str, ...] = ("image_token_id",)
-    first_layer: int = 1
-    note: str = ""
+    visual_token_keys: tuple[str, ...] = ()
+    first_layer: Callable[[Any], int] = lambda config: 1
+    row_kwargs: tuple[str, ...] = ()
+    images: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
 
+
+def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
+    pixels = kwargs.get("pixel_values")
+    return len(pixels) if pixels is not None else None
+
+
+def _behind_deepstack(config: Any) -> int:
+    """Deepstack adds a visual feature to every visual row behind each of the first layers."""
+    return max(1, len(config.vision_config.deepstack_visual_indexes))
+
+
+_IMAGE = ("image_token_id",)
+_IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
 
 # By the `model_type` of the outer config.
 FAMILIES: dict[str, Family] = {
-    "llava": Family(("image_token_id", "image_token_index")),
-    "llava_next": Family(("image_token_id", "image_token_index")),
+    "llava": Family(_IMAGE, images=_count_pictures),
+    # The newline rows inside an image have placeholders of their own, so they are visual too.
+    "llava_next": Family(_IMAGE),
+    "llava_onevision": Family(_IMAGE_AND_VIDEO),
+    "internvl": Family(_IMAGE),
+    "smolvlm": Family(_IMAGE),
+    "idefics3": Family(_IMAGE),
+    "qwen2_vl": Family(_IMAGE_AND_VIDEO),
+    "qwen2_5_vl": Family(_IMAGE_AND_VIDEO),
+    "qwen3_vl": Family(_IMAGE_AND_VIDEO, first_layer=_behind_deepstack, row_kwargs=("visual_pos_masks",)),
     # This project's own classes know their visual rows from the splice and hand them over as `visual_mask`.
-    "llava_llama": Family(()),
-    "llava_mistral": Family(()),
+    "llava_llama": Family(),
+    "llava_mistral": Family(),
     # Language models alone: the caller brings `inputs_embeds` and says which rows are visual.
-    "llama": Family(()),
-    "mistral": Family(()),
-    "qwen2": Family(()),
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
 }
 
+_INSTEAD = "use a model of one of these types instead: "
+
+# Reasons for those that a user is likely to try.
 REFUSED: dict[str, str] = {
-    "gemma3": "its image rows attend both ways, through masks of their own; use a LLaVA or Qwen-VL model",
-    "mllama": "it reads images through cross-attention, so its prompt has no visual rows to prune; "
-    "use a LLaVA or Qwen-VL model",
+    "gemma3": "its image rows attend both ways, through masks of their own",
+    "gemma3n": "its layers share keys and values and add features of their own to every row",
+    "paligemma": "its whole prompt attends both ways",
+    "mllama": "it reads images through cross-attention, so its prompt has no visual rows to prune",
+    "idefics": "it reads images through cross-attention, so its prompt has no visual rows to prune",
+    "blip-2": "its decoder is not one of the families here, and its images are 32 queries already",
+    "instructblip": "its decoder is not one of the families here, and its images are 32 queries already",
+    "qwen3_vl_moe": "its experts are not covered by the tests that every family here passes",
+    "qwen2_5_omni": "its prompt mixes sound and pictures, and its talker reads the pruned rows",
 }
 
 
@@ -65,21 +105,61 @@ class Adapter:
     Attributes:
         model: the innermost model with `generate`.
         decoder: the module that runs the layers and is called once a forward.
+        wrappers: what the caller's model was wrapped in (`torch.compile`, PEFT), outermost first.
     """
 
-    model: nn.Module
-    decoder: nn.Module
+    model: PreTrainedModel
+    decoder: Any
     family: Family
+    wrappers: list[nn.Module] = field(default_factory=list)
 
     @property
     def layers(self) -> nn.ModuleList:
         return self.decoder.layers
 
     @property
-    def attention_configs(self) -> list:
+    def first_layer(self) -> int:
+        """The first layer at whose input rows may be missing."""
+        return self.family.first_layer(self.model.config)
+
+    @property
+    def attention_configs(self) -> list[Any]:
         """The configs that the layers' attention reads its implementation from, each once."""
-        configs = [self.decoder.config, *(layer.self_attn.config for layer in self.layers)]
+        configs = [self.decoder.config, *(layer.self_attn.config for layer in self.decoder.layers)]
         return list({id(config): config for config in configs}.values())
+
+    def compiled_parts(self) -> list[tuple[nn.Module, str, Any]]:
+        """`torch.compile`d modules that hold the decoder or lie in it; the vision tower is none of them.
+
+        Each with the attribute, and the value for it, that make it run uncompiled.
+        """
+        inside = set(self.decoder.modules())
+        parts: list[tuple[nn.Module, str, Any]] = []
+        for part in dict.fromkeys([*self.wrappers, *self.model.modules()]):
+            if part not in inside and not any(module is self.decoder for module in part.modules()):
+                continue
+            if hasattr(part, "_orig_mod"):  # torch.compile()
+                parts.append((part, "forward", part._orig_mod))
+            elif part._compiled_call_impl is not None:  # nn.Module.compile()
+                parts.append((part, "_compiled_call_impl", None))
+        return parts
+
+    def validate(self, config: PruningConfig) -> None:
+        """Refuse a config that could drop rows too early.
+
+        Raises:
+            PruningConfigError: with the smallest value that this model takes.
+        """
+        # A selection happens behind layer shallow_mid_layer + 1 at the earliest.
+        key, earliest = ("shallow_mid_layer", 2) if config.middle else ("mid_deep_layer", 0)
+        if not config.middle and not config.deep:
+            return
+        value = getattr(config, key)
+        if value + earliest < self.first_layer:
+            raise PruningConfigError(
+                f"pruning config: {key!r} is {value}; it must be at least {self.first_layer - earliest} for this "
+                f"model, whose image features join up to layer {self.first_layer - 1}"
+            )
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Which of `input_ids` (int64 [batch, rows]) are visual, bool; None if ids cannot tell."""
@@ -90,39 +170,42 @@ class Adapter:
         return torch.isin(input_ids, torch.tensor(sorted(set(ids)), device=input_ids.device))
 
 
-def adapter_for(model: nn.Module) -> Adapter:
+def adapter_for(model: Any) -> Adapter:
     """The adapter of a supported model.
 
     Raises:
         UnsupportedModelError: with the reason and what to use instead.
     """
-    inner = _unwrap(model)
-    model_type = getattr(inner.config, "model_type", type(inner).__name__)
-    if model_type in REFUSED:
-        raise UnsupportedModelError(f"{model_type} models cannot be pruned: {REFUSED[model_type]}")
+    wrappers: list[nn.Module] = []
+    inner = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            unwrapped = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            unwrapped = inner.get_base_model()
+        else:
+            break
+        wrappers.append(inner)
+        inner = unwrapped
+    config = getattr(inner, "config", None)
+    model_type = getattr(config, "model_type", None) or type(inner).__name__
     family = FAMILIES.get(model_type)
     if family is None:
+        reason = REFUSED.get(model_type, "pruning has no adapter for this type")
         raise UnsupportedModelError(
-            f"{model_type!r} models cannot be pruned; supported are {', '.join(supported_models())}"
+            f"{model_type!r} models cannot be pruned: {reason}; {_INSTEAD}{', '.join(supported_models())}"
         )
     decoder = inner.get_decoder()
-    config = decoder.config
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()) or getattr(
-        config, "sliding_window", None
-    ):
+    _refuse_windows(model_type, decoder.config)
+    return Adapter(inner, decoder, family, wrappers)
+
+
+def _refuse_windows(model_type: str, config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if kinds or window:
+        kind = ", ".join(sorted(kinds)) or "sliding_attention"
         raise UnsupportedModelError(
-            f"this {model_type} model has sliding-window attention (window {getattr(config, 'sliding_window', None)}), "
-            "which counts rows that pruning removes; use a checkpoint with full attention"
+            f"this {model_type} model has {kind} layers (window {window}), which count rows that pruning removes; "
+            "use a checkpoint with full attention"
         )
-    return Adapter(inner, decoder, family)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside `torch.compile` and PEFT wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from transformers.cache_utils import DynamicCache
 from llava.utils import UserError
 
 from .adapters import Adapter, adapter_for
-from .attention import Tally, attend, attend_behind, attend_prompt
+from .attention import Tally, attend_behind, attend_prompt
 from .cache import CacheLease, RaggedLayer, make_ragged
 from .config import PruningConfig
 from .policy import Cause, Decision, Policy, PolicyFactory, Prompt, Reading, visipruner
@@ -67,11 +68,13 @@ class Prefill:
 
     Attributes:
         padding: leading rows of each sample that are padding, in the unpruned batch.
+        first_layer: the first layer at whose input rows may be missing.
     """
 
     samples: list[Sample]
     padding: list[int]
     cache: DynamicCache | None
+    first_layer: int = 1
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     position_ids: torch.Tensor | None = None
     counts_per_layer: list[list[int]] = field(default_factory=list)
@@ -86,10 +89,10 @@ class Prefill:
     def enter_layer(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Rows for `layer`, `[1, rows of all samples, hidden_size]`; sets what goes with them in `kwargs`."""
         if layer == 0:
-            hidden = self._pack(hidden)
-            self.position_embeddings = tuple(self._pack(part) for part in kwargs["position_embeddings"])
+            hidden = self.pack(hidden)
+            self.position_embeddings = tuple(self.pack(part) for part in kwargs["position_embeddings"])
             position_ids = kwargs.get("position_ids")
-            self.position_ids = self._pack(position_ids[..., None])[..., 0] if position_ids is not None else None
+            self.position_ids = self.pack(position_ids[..., None])[..., 0] if position_ids is not None else None
         else:
             self._settle(layer - 1)
             hidden = self._drop_rows(hidden)
@@ -108,7 +111,7 @@ class Prefill:
         self._settle(layer)
         return self.unpack(hidden, self.counts_per_layer[-1])
 
-    def _pack(self, rows: torch.Tensor) -> torch.Tensor:
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """`[batch or 1, width, ...]` → `[1, rows of all samples, ...]`, without padding."""
         if len(self.samples) == 1 and not self.padding[0]:
             return rows
@@ -160,14 +163,18 @@ class Prefill:
             if len(sample.rows.visual):
                 self._decide(sample, layer, measures.get(id(sample)))
 
-    @staticmethod
-    def _decide(sample: Sample, layer: int, probe: Probe | None) -> None:
+    def _decide(self, sample: Sample, layer: int, probe: Probe | None) -> None:
         trace, rows = sample.trace, sample.rows
         if probe is not None:
             trace.smallest_cosine[layer] = float(probe.cosine.min())
         decision = sample.policy.decide(layer, len(rows.visual), probe)
         if decision is None:
             return
+        if layer + 1 < self.first_layer:
+            raise UnsupportedCallError(
+                f"the policy drops rows at the input of layer {layer + 1}; this model needs every row up to layer "
+                f"{self.first_layer - 1}, where the last image features join"
+            )
         last = layer == len(trace.score_pairs) - 1
         if decision.cause is Cause.SELECTION:
             trace.select_layer = layer
@@ -311,6 +318,7 @@ class PruningRun:
         self._expand_size = 1
         self._assisted = False
         self._call_mask: torch.Tensor | None = None
+        self._num_images: int | None = None
         self._logits_to_keep = 1
         self._state: Prefill | Decoding | None = None
         self._thread: int | None = None
@@ -338,6 +346,10 @@ class PruningRun:
             for config in self._adapter.attention_configs:
                 on(lambda config=config, old=config._attn_implementation: setattr(config, "_attn_implementation", old))
                 config._attn_implementation = ATTENTION_NAME
+            # Compiled code may have been traced without the hooks, and row counts change from prompt to prompt.
+            for part, name, eager in self._adapter.compiled_parts():
+                on(partial(setattr, part, name, getattr(part, name)))
+                setattr(part, name, eager)
         plain_generate = model.generate
         shadowed = "generate" in vars(model)
         model.generate = self._generate(plain_generate)
@@ -376,6 +388,7 @@ class PruningRun:
         self._call_mask = None
         if input_ids is not None and input_ids.shape[1] > 0 and kwargs.get("inputs_embeds") is None:
             self._call_mask = self._adapter.visual_mask(input_ids)
+        self._num_images = self._adapter.family.images(kwargs)
         keep = kwargs.get("logits_to_keep", 1)
         self._logits_to_keep = keep if isinstance(keep, int) else 1
         if self._policy is not None and kwargs.get("output_attentions"):
@@ -400,6 +413,10 @@ class PruningRun:
         if self._policy is not None and cache is None and (module.config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache()
         self._state = self._begin(visual, kwargs.get("attention_mask"), batch, width, cache)
+        if self._policy is not None:
+            for name in self._adapter.family.row_kwargs:
+                if kwargs.get(name) is not None:
+                    kwargs[name] = self._state.pack(kwargs[name])
         return args, kwargs
 
     def _visual_rows(
@@ -408,11 +425,13 @@ class PruningRun:
         """Which rows of the batch are visual, bool [batch, width], on the host."""
         mask = given_mask if given_mask is not None else self._visual_mask
         if mask is None:
-            mask = self._call_mask
+            mask, self._call_mask = self._call_mask, None
         if mask is None and ids is not None:
             mask = self._adapter.visual_mask(ids)
             if mask is None:
                 mask = torch.zeros_like(ids, dtype=torch.bool)
+        if mask is None and self._policy is None:
+            mask = torch.zeros(batch, width, dtype=torch.bool)
         if mask is None:
             raise UnsupportedCallError(
                 "inputs_embeds was given without visual_mask: say which rows are visual (bool [batch, rows])"
@@ -439,19 +458,26 @@ class PruningRun:
         padding = self._padding(attention_mask, batch)
         num_layers = len(self._adapter.layers)
         num_drafts = self._logits_to_keep - 1 if self._assisted else 0
+        num_visual = int(visual.sum())
+        rows_per_image = num_visual // self._num_images if self._num_images else num_visual
         samples = []
         for mask, pad in zip(visual, padding, strict=True):
             rows = Rows.of_prompt(mask[pad:], num_drafts)
             trace = PruningTrace(
                 num_rows=rows.num_prompt,
                 visual_positions=rows.positions.tolist(),
+                image_spans=[
+                    (start, min(start + rows_per_image, stop))
+                    for first, stop in rows.runs
+                    for start in range(first, stop, rows_per_image)
+                ],
                 score_pairs=[0] * num_layers,
                 value_pairs=[0] * num_layers,
             )
             samples.append(Sample(rows, self._policy_for(rows, num_layers), trace))
         self.traces = [sample.trace for sample in samples[:: self._expand_size]]
         self._awaits_head = True
-        state = Prefill(samples, padding, cache)
+        state = Prefill(samples, padding, cache, self._adapter.first_layer)
         if self._policy is None:
             self._note_dense(state, num_layers)
         elif cache is not None:
@@ -624,7 +650,7 @@ def prune(
 
     Args:
         model: a transformers vision-language model of `supported_models()`, or this project's own; PEFT and
-            `torch.compile` wrappers are looked through.
+            `torch.compile` wrappers are looked through. A compiled decoder runs uncompiled inside the block.
         config: a `PruningConfig`, a mapping, a JSON string or `"@file"`. None, or an empty `mode`, is dense:
             the model's own kernels run untouched, and only traces are kept.
         policy: instead of `config`, another method: called with each `Prompt`, returns its `Policy`.
@@ -649,6 +675,7 @@ def prune(
         checked = PruningConfig.from_any(config)
         if checked is not None and checked.mode:
             checked.validate_for(num_layers)
+            adapter.validate(checked)
             policy = visipruner(checked, checked.sink_for(adapter.model.config._name_or_path, num_layers))
     run = PruningRun(adapter, policy, visual_mask)
 

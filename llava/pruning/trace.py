@@ -15,6 +15,9 @@ class PruningTrace:
     Attributes:
         num_rows: N, rows of the prompt after the image features were spliced in.
         visual_positions: positions of the visual rows, ascending.
+        image_spans: where each image lies, `(first row, behind its last)`, in order. Adjacent images of a family
+            that gives them different numbers of rows and no text between are one span; so is every tile where
+            the family writes text between the tiles of an image.
         select_layer: layer whose attention chose the kept tokens; None: no selection happened.
         kept_positions: positions that were kept, ascending; empty where nothing was selected or kept.
         exit_layer: first layer that runs without the rows that were left; None: they stayed to the end.
@@ -32,6 +35,7 @@ class PruningTrace:
 
     num_rows: int
     visual_positions: list[int]
+    image_spans: list[tuple[int, int]] = field(default_factory=list)
     select_layer: int | None = None
     kept_positions: list[int] = field(default_factory=list)
     exit_layer: int | None = None
@@ -49,6 +53,11 @@ class PruningTrace:
         """Visual rows of the prompt."""
         return len(self.visual_positions)
 
+    @property
+    def kept_per_image(self) -> list[int]:
+        """Kept rows in each of `image_spans`."""
+        return [sum(first <= kept < stop for kept in self.kept_positions) for first, stop in self.image_spans]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, ready for `json.dumps`."""
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -58,4 +67,5 @@ class PruningTrace:
             elif isinstance(value, list):
                 plain[key] = list(value)
         plain["smallest_cosine"] = {str(layer): value for layer, value in self.smallest_cosine.items()}
+        plain["kept_per_image"] = self.kept_per_image
         return plain
