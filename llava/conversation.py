@@ -73,7 +73,7 @@ class Conversation:
     def _chatml_prompt(self) -> str:
         prompt = self.system + self.sep
         for role, text in self.messages:
-            prompt += f"{role}{text}{self.sep}" if text is not None else role
+            prompt += f"{role}{text}{self.sep}" if text is not None else f"{role}"
         return prompt
 
     def _llama_2_prompt(self) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llava.model.configs import MODEL_OF_CONFIG
+from llava.model.configs import model_class
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig
 
@@ -69,7 +69,7 @@ def tiny_config(mistral: bool = False, tower: bool = True, **overrides: Any) -> 
 def tiny_model(config: Any = None, seed: int = 0) -> LlavaLlamaForCausalLM:
     """A model whose every weight is random, biases and norms included, so that a lost one shows."""
     config = config if config is not None else tiny_config()
-    model = MODEL_OF_CONFIG[type(config)](config).eval()
+    model = model_class(config)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

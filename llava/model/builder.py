@@ -22,7 +22,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model import checkpoint, key_mapping
 from llava.model.checkpoint import Weights
-from llava.model.configs import MODEL_OF_CONFIG, AnyLlavaConfig, is_hf_layout, model_config, with_decoder_of
+from llava.model.configs import AnyLlavaConfig, is_hf_layout, model_class, model_config, with_decoder_of
 from llava.model.multimodal_encoder.builder import (
     KNOWN_TOWERS,
     has_vision_tower,
@@ -89,7 +89,7 @@ def load_pretrained_model(
     tokenizer = load_tokenizer(source.tokenizer_folder)
     image_processor = load_image_processor(source.folder, source.config)
 
-    cls = MODEL_OF_CONFIG[type(source.config)]
+    cls = model_class(source.config)
     with torch.device("meta"):
         skeleton = cls(source.config)
     tied = frozenset({"lm_head.weight"} if source.config.tie_word_embeddings else ())

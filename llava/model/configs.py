@@ -13,12 +13,17 @@ from llava.utils import UserError
 
 AnyLlavaConfig = LlavaConfig | LlavaMistralConfig
 
-MODEL_OF_CONFIG = {LlavaConfig: LlavaLlamaForCausalLM, LlavaMistralConfig: LlavaMistralForCausalLM}
+_MODEL_OF_CONFIG: dict[type, Any] = {LlavaConfig: LlavaLlamaForCausalLM, LlavaMistralConfig: LlavaMistralForCausalLM}
 
 _HF_MODEL_TYPES = ("llava", "llava_next")
-_CONFIG_OF_DECODER = {"llama": LlavaConfig, "mistral": LlavaMistralConfig}
+_CONFIG_OF_DECODER: dict[str, type[AnyLlavaConfig]] = {"llama": LlavaConfig, "mistral": LlavaMistralConfig}
 # What a file says about itself and not about the model; dtype is chosen when loading.
 _NOT_CARRIED = ("architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map")
+
+
+def model_class(config: AnyLlavaConfig) -> Any:
+    """The causal language model that a config is for."""
+    return _MODEL_OF_CONFIG[type(config)]
 
 
 def is_hf_layout(config: Mapping[str, Any]) -> bool:

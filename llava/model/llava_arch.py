@@ -6,12 +6,13 @@ The splice is the only place that knows where an image went. It says so in ``vis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import Size, get_anyres_image_grid_shape, unpadded_box
@@ -31,12 +32,14 @@ class SplicedInputs:
         attention_mask: int64 ``[B, N]``, 0 on padding.
         position_ids: int64 ``[B, N]``, from 0 at each sample's first row.
         visual_mask: bool ``[B, N]``, true on rows that came from an image (newline rows included).
+        input_ids: int64 ``[B, N]``, the id each row came from: ``IMAGE_TOKEN_INDEX`` on visual rows, 0 on padding.
     """
 
     inputs_embeds: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
     visual_mask: torch.Tensor
+    input_ids: torch.Tensor
 
 
 class LlavaMetaModel:
@@ -77,6 +80,11 @@ class LlavaMetaForCausalLM:
     model: Any
     _last_pruning_traces: tuple[PruningTrace, ...] = ()
 
+    @property
+    def _module(self) -> nn.Module:
+        """This model, as the module it becomes once mixed into a causal language model."""
+        return cast(nn.Module, self)
+
     def get_model(self) -> Any:
         """The decoder, with vision tower and projector on it."""
         return self.model
@@ -97,7 +105,7 @@ class LlavaMetaForCausalLM:
         tower = self._require_tower()
         features = tower(images)
         weight = next(self.model.mm_projector.parameters(), None)
-        if weight is not None:
+        if weight is not None and weight.device.type != "meta":
             features = features.to(weight.device)
         return self.model.mm_projector(features)
 
@@ -137,7 +145,7 @@ class LlavaMetaForCausalLM:
         return [self._merge_tiles(part, size) for part, size in zip(parts, sizes, strict=True)]
 
     def _check_pixels(self, pixels: torch.Tensor) -> None:
-        side = self._require_tower().config.image_size
+        side = self._require_tower().image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, side, side):
             raise UserError(
                 f"images have shape {list(pixels.shape)}; the vision tower takes [n, 3, {side}, {side}] "
@@ -154,7 +162,7 @@ class LlavaMetaForCausalLM:
             raise UserError("anyres images need image_sizes, the (width, height) of each original picture")
         tower = self._require_tower()
         side = tower.num_patches_per_side
-        columns, rows = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.config.image_size)
+        columns, rows = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.image_size)
         if len(tiles) != columns * rows:
             raise UserError(
                 f"an image of size {tuple(size)} takes {columns} x {rows} tiles and the whole picture, "
@@ -201,28 +209,26 @@ class LlavaMetaForCausalLM:
                 f"the prompts hold {num_tokens} image tokens, but {num_images} images were given; "
                 "every image needs one <image> in its prompt"
             )
-        rows = iter(self.image_rows(images, image_sizes) if images is not None and num_images else [])
+        rows = iter(self.image_rows(images, image_sizes) if images is not None else [])
         samples = [self._splice_one(ids, rows) for ids in prompts]
         return _left_pad(samples)
 
-    def _splice_one(self, ids: torch.Tensor, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows ``[N, H]`` of one prompt and which of them are visual ``[N]``."""
+    def _splice_one(self, ids: torch.Tensor, rows: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``[N, H]`` of one prompt and the id each came from ``[N]``."""
         embed = self.model.embed_tokens
+        if embed.weight.device.type != "meta":  # offloaded by accelerate; its hooks move the input
+            ids = ids.to(embed.weight.device)
         is_image = ids == IMAGE_TOKEN_INDEX
-        text = embed(ids[~is_image].to(embed.weight.device))
-        pieces: list[torch.Tensor] = []
-        visual: list[torch.Tensor] = []
-        start = 0
-        for end in [*is_image.nonzero().flatten().tolist(), len(ids)]:
-            text_rows = text[start - len(pieces) // 2 : end - len(pieces) // 2]
-            pieces.append(text_rows)
-            visual.append(torch.zeros(len(text_rows), dtype=torch.bool))
-            if end < len(ids):
-                image = next(rows).to(text)
-                pieces.append(image)
-                visual.append(torch.ones(len(image), dtype=torch.bool))
-            start = end + 1
-        return torch.cat(pieces), torch.cat(visual).to(text.device)
+        images = [next(rows) for _ in range(int(is_image.sum()))]
+        # One row a token; an image's many where its token stands.
+        lengths = torch.ones_like(ids)
+        lengths[is_image] = torch.tensor([len(image) for image in images], device=ids.device, dtype=ids.dtype)
+        row_ids = ids.repeat_interleave(lengths)
+        visual = row_ids == IMAGE_TOKEN_INDEX
+        embeds = embed(row_ids.masked_fill(visual, 0))
+        if images:
+            embeds = embeds.masked_scatter(visual[:, None], torch.cat([image.to(embeds) for image in images]))
+        return embeds, row_ids
 
     # --- forward and generate ---
 
@@ -255,8 +261,8 @@ class LlavaMetaForCausalLM:
         The other arguments are transformers' own.
         """
         if pruning_config is not None:
-            with prune(self, pruning_config) as run:
-                outputs = self(  # type: ignore[operator]
+            with prune(self._module, pruning_config) as run:
+                outputs = self._module(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
@@ -286,7 +292,10 @@ class LlavaMetaForCausalLM:
                 attention_mask, visual_mask = spliced.attention_mask, spliced.visual_mask
                 position_ids = spliced.position_ids
         if is_prefill and visual_mask is not None:
-            kwargs["visual_mask"] = visual_mask
+            rows = input_ids if inputs_embeds is None else inputs_embeds
+            # Assisted decoding appends draft tokens, which are text, to the prompt it prefills.
+            drafts = rows.shape[1] - visual_mask.shape[1] if rows is not None else 0
+            kwargs["visual_mask"] = nn.functional.pad(visual_mask, (0, max(drafts, 0)))
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -329,7 +338,7 @@ class LlavaMetaForCausalLM:
             UserError: image tokens and images do not match, or both ids and rows were given.
         """
         if pruning_config is not None:
-            with prune(self, pruning_config) as run:
+            with prune(self._module, pruning_config) as run:
                 outputs = self.generate(
                     inputs,
                     images,
@@ -343,20 +352,99 @@ class LlavaMetaForCausalLM:
             self._last_pruning_traces = tuple(run.traces)
             return outputs
         ids = input_ids if inputs is None else inputs
-        if ids is None and images is not None:
+        if inputs_embeds is not None and images is not None:
             raise UserError("images go with prompt ids; rows in inputs_embeds already hold theirs")
-        if (ids is None) == (inputs_embeds is None):
-            raise UserError("generate takes either prompt ids or inputs_embeds, and exactly one of them")
-        if ids is not None:
+        if ids is None and inputs_embeds is None:
+            raise UserError("generate needs a prompt: ids (with images) or inputs_embeds")
+        if kwargs.get("use_cache") is False:
+            raise UserError("use_cache=False is not supported: rows of images are given once, at the first step")
+        row_ids = None
+        if inputs_embeds is None and ids is not None:
             kwargs.pop("position_ids", None)  # positions of ids say nothing once image rows are in place
             spliced = self.splice(ids, attention_mask, images, image_sizes)
             inputs_embeds, visual_mask = spliced.inputs_embeds, spliced.visual_mask
-            attention_mask = spliced.attention_mask
+            attention_mask, row_ids = spliced.attention_mask, spliced.input_ids
+        elif ids is not None:
+            kwargs["input_ids"] = ids  # as a candidate generator of assisted decoding calls its assistant
         if visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
+        if _is_assisted(kwargs) and "input_ids" not in kwargs:
+            return self._generate_assisted(inputs_embeds, row_ids, **kwargs)
         return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+
+    def _generate_assisted(self, inputs_embeds: Any, row_ids: torch.Tensor | None, **kwargs: Any) -> Any:
+        """Assisted decoding counts ids, so every row gets one; they come off the front again afterwards."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not (
+            isinstance(assistant, LlavaMetaForCausalLM)
+            and assistant.config.hidden_size == self.config.hidden_size
+            and assistant.config.vocab_size == self.config.vocab_size
+        ):
+            raise UserError(
+                "assistant_model must be a LLaVA model of this package with the same hidden size and vocabulary: "
+                "it is given the same rows"
+            )
+        length = inputs_embeds.shape[1]
+        if row_ids is None:
+            row_ids = torch.full(inputs_embeds.shape[:2], IMAGE_TOKEN_INDEX, device=inputs_embeds.device)
+        end = self.generation_config.eos_token_id  # type: ignore[attr-defined]
+        stand_in = (end[0] if isinstance(end, list) else end) or 0
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _WithoutPrompt(kwargs["streamer"])
+        kwargs["input_ids"] = row_ids.masked_fill(row_ids == IMAGE_TOKEN_INDEX, stand_in)
+        outputs = super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+        if isinstance(outputs, torch.Tensor):
+            return outputs[:, length:]
+        outputs.sequences = outputs.sequences[:, length:]
+        return outputs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """transformers' own; at the first step of assisted decoding the draft ids follow the given rows."""
+        if is_first_iteration and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
+            drafts = self.model.embed_tokens(input_ids[:, inputs_embeds.shape[1] :])
+            inputs_embeds = torch.cat([inputs_embeds, drafts.to(inputs_embeds)], dim=1)
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            next_sequence_length = inputs_embeds.shape[1] - past
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+
+def _is_assisted(kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("generation_config")
+    lookup = kwargs.get("prompt_lookup_num_tokens", getattr(given, "prompt_lookup_num_tokens", None))
+    early_exit = kwargs.get("assistant_early_exit", getattr(given, "assistant_early_exit", None))
+    return kwargs.get("assistant_model") is not None or bool(lookup) or bool(early_exit)
+
+
+class _WithoutPrompt(BaseStreamer):
+    """Hands a streamer everything but the prompt's ids, which come first."""
+
+    def __init__(self, streamer: BaseStreamer) -> None:
+        self.streamer = streamer
+        self.is_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(value[:, :0] if self.is_prompt else value)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
 def _left_pad(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> SplicedInputs:
@@ -364,11 +452,11 @@ def _left_pad(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> SplicedInputs
     first = samples[0][0]
     embeds = first.new_zeros(len(samples), longest, first.shape[-1])
     attention = torch.zeros(len(samples), longest, dtype=torch.long, device=first.device)
-    visual = torch.zeros(len(samples), longest, dtype=torch.bool, device=first.device)
-    for index, (rows, is_visual) in enumerate(samples):
+    ids = torch.zeros(len(samples), longest, dtype=torch.long, device=first.device)
+    for index, (rows, row_ids) in enumerate(samples):
         start = longest - len(rows)
         embeds[index, start:] = rows
         attention[index, start:] = 1
-        visual[index, start:] = is_visual
+        ids[index, start:] = row_ids
     positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
-    return SplicedInputs(embeds, attention, positions, visual)
+    return SplicedInputs(embeds, attention, positions, ids == IMAGE_TOKEN_INDEX, ids)

@@ -18,7 +18,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     config_class = LlavaConfig
 
 
-class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):  # type: ignore[misc]
     """Weights are named as in original LLaVA checkpoints."""
 
     config_class = LlavaConfig

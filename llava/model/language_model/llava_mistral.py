@@ -18,7 +18,7 @@ class LlavaMistralModel(LlavaMetaModel, MistralModel):
     config_class = LlavaMistralConfig
 
 
-class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):
+class LlavaMistralForCausalLM(LlavaMetaForCausalLM, MistralForCausalLM):  # type: ignore[misc]
     """Weights are named as in original LLaVA checkpoints."""
 
     config_class = LlavaMistralConfig

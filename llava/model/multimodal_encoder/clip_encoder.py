@@ -19,6 +19,11 @@ class ClipVisionTransformer(CLIPVisionModel):
     """
 
 
+def _side(size: Any) -> int:
+    """transformers lets a square be given as one number or as two."""
+    return int(size) if isinstance(size, int) else int(size[0])
+
+
 class _ClipWeights(nn.Module):
     """Gives the tower's keys the ``vision_tower.vision_model.`` of published checkpoints."""
 
@@ -84,15 +89,30 @@ class CLIPVisionTower(nn.Module):
         return self.config.hidden_size
 
     @property
+    def image_size(self) -> int:
+        """Pixels a side of the square images that the tower takes."""
+        return _side(self.config.image_size)
+
+    @property
     def num_patches_per_side(self) -> int:
-        return self.config.image_size // self.config.patch_size
+        return self.image_size // _side(self.config.patch_size)
 
     @property
     def num_patches(self) -> int:
         return self.num_patches_per_side**2
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features ``[n, patches, hidden]`` of images ``[n, 3, S, S]`` (any device and float dtype)."""
-        outputs = self._clip(images.to(self.device, self.dtype), output_hidden_states=True)
-        features = outputs.hidden_states[self.select_layer]
-        return features[:, 1:] if self.select_feature == "patch" else features
+        """Features ``[n, patches, hidden]`` of images ``[n, 3, S, S]`` (any device and float dtype).
+
+        Runs only the layers below the selected one. transformers' ``output_hidden_states`` is no way to get them: once
+        the decoder around the tower has been asked for its hidden states too, it reports each of the tower's twice.
+        """
+        clip = self._clip
+        images = images.to(self.dtype)
+        if self.device.type != "meta":  # weights offloaded by accelerate; its hooks move the input
+            images = images.to(self.device)
+        hidden = clip.pre_layrnorm(clip.embeddings(images))
+        num_layers = range(len(clip.encoder.layers) + 1)[self.select_layer]
+        for layer in clip.encoder.layers[:num_layers]:
+            hidden = layer(hidden, attention_mask=None)
+        return hidden[:, 1:] if self.select_feature == "patch" else hidden
