@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 
 
@@ -20,3 +23,18 @@ def disable_torch_init() -> None:
     """
     for layer in (torch.nn.Linear, torch.nn.LayerNorm):
         layer.reset_parameters = lambda self: None  # type: ignore[assignment, method-assign]
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a program's ``main`` and end the process with its exit status.
+
+    A ``UserError`` becomes one line, ``error: …``, and status 2; a closed output pipe ends quietly.
+    """
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
