@@ -54,9 +54,7 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
     means = torch.stack([state[0].mean(0) for state in prefill[1:-1]])
     torch.testing.assert_close(means, case.tensors["hidden_mean"][:-1], atol=1e-4, rtol=0)
     if expected["select_layer"] is not None:
-        torch.testing.assert_close(
-            torch.as_tensor(trace.selection_cosine), case.tensors["sel_cos"], atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(torch.as_tensor(trace.selection_cosine), case.tensors["sel_cos"], atol=1e-4, rtol=0)
         torch.testing.assert_close(torch.as_tensor(trace.selection_norm), case.tensors["sel_l2"], atol=1e-4, rtol=0)
     if case.pixels is not None:
         features = model.encode_images(case.pixels)[:, ::16]

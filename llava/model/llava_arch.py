@@ -15,11 +15,11 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import Size, get_anyres_image_grid_shape, unpadded_box
+from llava.mm_utils import Size, get_anyres_image_grid_shape, merge_type, unpadded_box
 from llava.model.multimodal_encoder.builder import build_vision_tower, has_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.pruning import PruningConfig, PruningTrace, prune
+from llava.pruning import PruningConfig, PruningTrace, call_lock, prune
 from llava.utils import UserError
 
 
@@ -63,14 +63,6 @@ class LlavaMetaModel:
     def forward(self, *args: Any, visual_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """The decoder's own forward; ``visual_mask`` is there for a pruning engine to read, not for the decoder."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-def merge_type(config: Any) -> str:
-    """How the tiles of an anyres image become rows: ``flat``, ``spatial`` or ``spatial_unpad``."""
-    kind = getattr(config, "mm_patch_merge_type", None) or "flat"
-    if kind not in ("flat", "spatial", "spatial_unpad"):
-        raise UserError(f"mm_patch_merge_type is {kind!r}; known are flat, spatial and spatial_unpad")
-    return kind
 
 
 class LlavaMetaForCausalLM:
@@ -261,7 +253,7 @@ class LlavaMetaForCausalLM:
         The other arguments are transformers' own.
         """
         if pruning_config is not None:
-            with prune(self._module, pruning_config) as run:
+            with call_lock(self._module), prune(self._module, pruning_config) as run:
                 outputs = self._module(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -292,10 +284,7 @@ class LlavaMetaForCausalLM:
                 attention_mask, visual_mask = spliced.attention_mask, spliced.visual_mask
                 position_ids = spliced.position_ids
         if is_prefill and visual_mask is not None:
-            rows = input_ids if inputs_embeds is None else inputs_embeds
-            # Assisted decoding appends draft tokens, which are text, to the prompt it prefills.
-            drafts = rows.shape[1] - visual_mask.shape[1] if rows is not None else 0
-            kwargs["visual_mask"] = nn.functional.pad(visual_mask, (0, max(drafts, 0)))
+            kwargs["visual_mask"] = visual_mask
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -338,7 +327,7 @@ class LlavaMetaForCausalLM:
             UserError: image tokens and images do not match, or both ids and rows were given.
         """
         if pruning_config is not None:
-            with prune(self._module, pruning_config) as run:
+            with call_lock(self._module), prune(self._module, pruning_config) as run:
                 outputs = self.generate(
                     inputs,
                     images,
@@ -370,9 +359,11 @@ class LlavaMetaForCausalLM:
             kwargs["visual_mask"] = visual_mask
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
-        if _is_assisted(kwargs) and "input_ids" not in kwargs:
-            return self._generate_assisted(inputs_embeds, row_ids, **kwargs)
-        return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+        # One call at a time: another thread may be pruning, which shows on the model while it lasts.
+        with call_lock(self._module):
+            if _is_assisted(kwargs) and "input_ids" not in kwargs:
+                return self._generate_assisted(inputs_embeds, row_ids, **kwargs)
+            return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
     def _generate_assisted(self, inputs_embeds: Any, row_ids: torch.Tensor | None, **kwargs: Any) -> Any:
         """Assisted decoding counts ids, so every row gets one; they come off the front again afterwards."""

@@ -8,7 +8,6 @@ one policy; `llava/pruning/baselines.py` has others, and another method is one m
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -66,7 +65,7 @@ class Decision:
     cause: Cause
 
 
-class Policy(ABC):
+class Policy:
     """The decisions for one prompt. The engine makes one instance a prompt, so it may keep state.
 
     The engine asks only while the prompt has visual rows, and in the order of the layers.
