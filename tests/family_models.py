@@ -17,29 +17,34 @@ VOCAB = 128
 IMAGE, VIDEO, START, END, PAD = 100, 101, 102, 103, 0
 TEXT_IDS = (10, 90)
 
-TEXT = dict(
-    hidden_size=HIDDEN,
-    intermediate_size=96,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCAB,
+TEXT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
     # Large enough that a row left out shows in the logits.
-    initializer_range=0.15,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=PAD,
-)
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": PAD,
+}
 LLAMA = dict(TEXT, model_type="llama")
 MISTRAL = dict(TEXT, model_type="mistral", sliding_window=None)
 QWEN2 = dict(TEXT, model_type="qwen2")
-ENCODER = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7
-)
+ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
 CLIP = dict(ENCODER, model_type="clip_vision_model")
 SIGLIP = dict(ENCODER, model_type="siglip_vision_model", vision_use_head=False)
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
-QWEN_ROPE = dict(rope_type="default", rope_theta=10000.0)
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @dataclass
@@ -195,27 +200,27 @@ def _qwen_medium(patch: int, frames_apart: bool) -> Callable[[str, int], Medium]
 
 
 def _llava(text: dict[str, Any]) -> dict[str, Any]:
-    return dict(
-        model_type="llava",
-        text_config=text,
-        vision_config=CLIP,
-        image_token_index=IMAGE,
-        image_seq_length=16,
-        vision_feature_layer=-2,
-    )
+    return {
+        "model_type": "llava",
+        "text_config": text,
+        "vision_config": CLIP,
+        "image_token_index": IMAGE,
+        "image_seq_length": 16,
+        "vision_feature_layer": -2,
+    }
 
 
 def _next(text: dict[str, Any]) -> dict[str, Any]:
-    return dict(
-        model_type="llava_next",
-        text_config=text,
-        vision_config=CLIP,
-        image_token_index=IMAGE,
-        image_grid_pinpoints=PINPOINTS,
-    )
+    return {
+        "model_type": "llava_next",
+        "text_config": text,
+        "vision_config": CLIP,
+        "image_token_index": IMAGE,
+        "image_grid_pinpoints": PINPOINTS,
+    }
 
 
-_IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
 _VISION_TEXT = dict(TEXT, rope_parameters=dict(QWEN_ROPE, mrope_section=[2, 3, 3]))
 
 FAMILIES: dict[str, TinyFamily] = {
@@ -227,47 +232,47 @@ FAMILIES: dict[str, TinyFamily] = {
         TinyFamily("llava-next-mistral", _next(MISTRAL), _anyres_image),
         TinyFamily(
             "llava-onevision",
-            dict(
-                model_type="llava_onevision",
-                text_config=QWEN2,
-                vision_config=SIGLIP,
-                image_token_index=IMAGE,
-                video_token_index=VIDEO,
-                image_grid_pinpoints=PINPOINTS,
-            ),
+            {
+                "model_type": "llava_onevision",
+                "text_config": QWEN2,
+                "vision_config": SIGLIP,
+                "image_token_index": IMAGE,
+                "video_token_index": VIDEO,
+                "image_grid_pinpoints": PINPOINTS,
+            },
             _onevision_medium,
             has_video=True,
         ),
         TinyFamily(
             "internvl",
-            dict(
-                model_type="internvl",
-                text_config=QWEN2,
-                vision_config=dict(
-                    model_type="internvl_vision",
-                    hidden_size=32,
-                    intermediate_size=48,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    image_size=[56, 56],
-                    patch_size=[7, 7],
-                ),
-                image_token_id=IMAGE,
-                image_seq_length=16,
-            ),
+            {
+                "model_type": "internvl",
+                "text_config": QWEN2,
+                "vision_config": {
+                    "model_type": "internvl_vision",
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": [56, 56],
+                    "patch_size": [7, 7],
+                },
+                "image_token_id": IMAGE,
+                "image_seq_length": 16,
+            },
             _internvl_image,
         ),
         *(
             TinyFamily(
                 name,
-                dict(
-                    model_type=name,
-                    text_config=LLAMA,
-                    vision_config=dict(ENCODER, model_type=f"{name}_vision", image_size=56),
-                    image_token_id=IMAGE,
-                    scale_factor=2,
-                    pad_token_id=PAD,
-                ),
+                {
+                    "model_type": name,
+                    "text_config": LLAMA,
+                    "vision_config": dict(ENCODER, model_type=f"{name}_vision", image_size=56),
+                    "image_token_id": IMAGE,
+                    "scale_factor": 2,
+                    "pad_token_id": PAD,
+                },
                 _idefics3_image,
                 joins=_tiles_a_sample,
             )
@@ -278,7 +283,7 @@ FAMILIES: dict[str, TinyFamily] = {
             dict(
                 model_type="qwen2_vl",
                 text_config=_VISION_TEXT,
-                vision_config=dict(depth=2, embed_dim=32, hidden_size=HIDDEN, num_heads=2, patch_size=7),
+                vision_config={"depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 7},
                 **_IDS,
             ),
             _qwen_medium(7, frames_apart=False),
@@ -289,16 +294,16 @@ FAMILIES: dict[str, TinyFamily] = {
             dict(
                 model_type="qwen2_5_vl",
                 text_config=_VISION_TEXT,
-                vision_config=dict(
-                    depth=2,
-                    hidden_size=32,
-                    intermediate_size=48,
-                    out_hidden_size=HIDDEN,
-                    num_heads=2,
-                    patch_size=7,
-                    window_size=28,
-                    fullatt_block_indexes=[1],
-                ),
+                vision_config={
+                    "depth": 2,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "out_hidden_size": HIDDEN,
+                    "num_heads": 2,
+                    "patch_size": 7,
+                    "window_size": 28,
+                    "fullatt_block_indexes": [1],
+                },
                 **_IDS,
             ),
             _qwen_medium(7, frames_apart=False),
@@ -308,19 +313,17 @@ FAMILIES: dict[str, TinyFamily] = {
             "qwen3-vl",
             dict(
                 model_type="qwen3_vl",
-                text_config=dict(
-                    _VISION_TEXT, head_dim=16, rope_parameters=dict(QWEN_ROPE, mrope_section=[4, 2, 2])
-                ),
-                vision_config=dict(
-                    depth=4,
-                    hidden_size=32,
-                    intermediate_size=48,
-                    out_hidden_size=HIDDEN,
-                    num_heads=2,
-                    patch_size=7,
-                    num_position_embeddings=64,
-                    deepstack_visual_indexes=[0, 1, 2],
-                ),
+                text_config=dict(_VISION_TEXT, head_dim=16, rope_parameters=dict(QWEN_ROPE, mrope_section=[4, 2, 2])),
+                vision_config={
+                    "depth": 4,
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "out_hidden_size": HIDDEN,
+                    "num_heads": 2,
+                    "patch_size": 7,
+                    "num_position_embeddings": 64,
+                    "deepstack_visual_indexes": [0, 1, 2],
+                },
                 **_IDS,
             ),
             _qwen_medium(7, frames_apart=True),
