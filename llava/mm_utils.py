@@ -174,6 +174,45 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
     ]
 
 
+def processor_shortest_edge(processor: Any) -> int:
+    """Pixels of the shorter side to which a CLIP processor resizes."""
+    size = dict(processor.size)
+    return int(size.get("shortest_edge") or min(size["height"], size["width"]))
+
+
+def processor_crop(size: Size, processor: Any) -> tuple[Size, Size]:
+    """What a CLIP processor makes of a picture of ``size``.
+
+    Returns:
+        (width, height) after its resize, and (left, top) of its centre crop in that; negative where it pads.
+    """
+    width, height = size
+    if processor.do_resize:
+        target = dict(processor.size)
+        if target.get("shortest_edge"):
+            short = min(size)
+            edge = int(target["shortest_edge"])
+            width, height = (edge if side == short else int(edge * side / short) for side in size)
+        else:
+            width, height = int(target["width"]), int(target["height"])
+    if not processor.do_center_crop:
+        return (width, height), (0, 0)
+    crop = dict(processor.crop_size)
+    return (width, height), ((width - int(crop["width"])) // 2, (height - int(crop["height"])) // 2)
+
+
+def merge_type(config: Any) -> str:
+    """How the tiles of an anyres image become rows: ``flat``, ``spatial`` or ``spatial_unpad``.
+
+    Raises:
+        UserError: the config says anything else.
+    """
+    kind = getattr(config, "mm_patch_merge_type", None) or "flat"
+    if kind not in ("flat", "spatial", "spatial_unpad"):
+        raise UserError(f"mm_patch_merge_type is {kind!r}; known are flat, spatial and spatial_unpad")
+    return kind
+
+
 def _pixels(image: Image.Image, processor: Any) -> torch.Tensor:
     return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
@@ -182,7 +221,7 @@ def process_anyres_image(image: Image.Image, processor: Any, pinpoints: Any) -> 
     """Float ``[1 + tiles, 3, S, S]``: the whole picture squeezed into one tile, then the chosen grid's tiles."""
     tile = processor.crop_size["height"]
     grid = select_best_resolution(image.size, grid_pinpoints(pinpoints))
-    whole = image.resize((processor.size["shortest_edge"],) * 2)
+    whole = image.resize((processor_shortest_edge(processor),) * 2)
     tiles = divide_to_patches(resize_and_pad_image(image, grid), tile)
     return torch.stack([_pixels(part, processor) for part in (whole, *tiles)])
 

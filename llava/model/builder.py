@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, normalizers
 from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import is_flash_attn_2_available, logging
@@ -378,11 +379,22 @@ def load_tokenizer(folder: Path) -> Any:
     as_json, as_sentencepiece = (folder / file for file in _TOKENIZER_FILES)
     if not as_json.is_file() and not as_sentencepiece.is_file():
         raise UserError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
-    cls = PreTrainedTokenizerFast if as_json.is_file() else LlamaTokenizer
     try:
-        return cls.from_pretrained(str(folder))
+        if as_json.is_file():
+            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+        return _sentencepiece_tokenizer(folder)
     except Exception as error:  # sentencepiece, tokenizers and transformers all raise their own
         raise UserError(f"cannot read the tokenizer in {folder}: {error}") from error
+
+
+def _sentencepiece_tokenizer(folder: Path) -> Any:
+    settings_file = folder / "tokenizer_config.json"
+    settings = checkpoint.read_json(settings_file) if settings_file.is_file() else {}
+    tokenizer = LlamaTokenizer.from_pretrained(str(folder), add_bos_token=settings.get("add_bos_token", True))
+    # sentencepiece puts its "▁" before any text; transformers' own tokenizer leaves it out where a space is there
+    # already. Text after an image often starts with one.
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("^ "), "  ")
+    return tokenizer
 
 
 _PROCESSOR_KEYS = (
