@@ -133,15 +133,17 @@ class Adapter:
 
         Each with the attribute, and the value for it, that make it run uncompiled.
         """
-        inside = set(self.decoder.modules())
         parts: list[tuple[nn.Module, str, Any]] = []
         for part in dict.fromkeys([*self.wrappers, *self.model.modules()]):
-            if part not in inside and not any(module is self.decoder for module in part.modules()):
-                continue
             if hasattr(part, "_orig_mod"):  # torch.compile()
-                parts.append((part, "forward", part._orig_mod))
+                uncompiled = (part, "forward", part._orig_mod)
             elif part._compiled_call_impl is not None:  # nn.Module.compile()
-                parts.append((part, "_compiled_call_impl", None))
+                uncompiled = (part, "_compiled_call_impl", None)
+            else:
+                continue
+            inside = any(module is part for module in self.decoder.modules())
+            if inside or any(module is self.decoder for module in part.modules()):
+                parts.append(uncompiled)
         return parts
 
     def validate(self, config: PruningConfig) -> None:
