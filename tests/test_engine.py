@@ -23,7 +23,7 @@ from llava.pruning import (
 )
 
 NUM_LAYERS, HIDDEN, NEW = 8, 64, 5
-GREEDY = dict(max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True)
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 # Where the image rows are: (text, image, text, image, …) lengths.
 LAYOUTS = {
@@ -81,20 +81,20 @@ def make_config(model, rows, visual, mode: list[str], sink: str = "first") -> di
 
     stages = PruningConfig(mode=[stage for stage in mode if stage == "shallow"], shallow_mid_layer=2)
 
-    class Record(VisiPruner):
-        seen: dict = {}
+    seen = {}
 
+    class Record(VisiPruner):
         def needs_probe(self, layer):
             return layer > 2
 
         def decide(self, layer, num_visual, probe):
             if probe is not None:
-                self.seen[layer] = probe
+                seen[layer] = probe
 
     with torch.no_grad(), prune(model, policy=lambda prompt: Record(stages, sink), visual_mask=visual[None]):
         model(inputs_embeds=rows[None])
     # Select at layer 3, keep about a third.
-    probe = Record.seen[3]
+    probe = seen[3]
     threshold = float(probe.cosine.min()) + 1e-3
     ordered = sorted(probe.norm.tolist())
     cut = 2 * len(ordered) // 3
@@ -246,17 +246,17 @@ def test_several_sequences_of_a_prompt_share_one_trace(ready) -> None:
 def test_a_streamer_gets_the_tokens_of_the_answer(ready) -> None:
     model, rows, visual, config = ready
 
-    class Collect:
-        tokens: list[int] = []
+    tokens: list[int] = []
 
+    class Collect:
         def put(self, value):
-            self.tokens += value.flatten().tolist()
+            tokens.extend(value.flatten().tolist())
 
         def end(self):
             pass
 
     output, _ = run_engine(model, rows, visual, config, streamer=Collect())
-    assert Collect.tokens == output.sequences[0].tolist()
+    assert tokens == output.sequences[0].tolist()
 
 
 @torch.no_grad()
@@ -396,7 +396,7 @@ def test_a_call_after_an_error_inside_a_block_starts_clean(ready) -> None:
 
 
 def test_the_model_is_not_kept_alive(ready) -> None:
-    model, rows, visual, config = ready
+    _, rows, visual, config = ready
     alone = make_model(8)
     with torch.no_grad():
         alone.generate(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=config, max_new_tokens=2)
@@ -489,7 +489,7 @@ def test_right_padding_is_refused(ready) -> None:
 
 
 def test_a_layer_out_of_the_models_range_is_refused_before_work(ready) -> None:
-    model, rows, visual, config = ready
+    model, _, _, config = ready
     with pytest.raises(PruningConfigError, match="shallow_mid_layer"), prune(model, config | {"shallow_mid_layer": 8}):
         pass
 

@@ -8,7 +8,7 @@ from golden_runs import CASES, GoldenCase
 
 from llava.pruning import PruningConfig
 
-GREEDY = dict(do_sample=False, return_dict_in_generate=True, output_logits=True, output_hidden_states=True)
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
 
 
 @pytest.fixture(params=CASES)
@@ -88,7 +88,7 @@ def test_a_sample_in_a_batch_decides_and_answers_as_it_does_alone(names: tuple[s
     cases = [GoldenCase.load(name) for name in names]
     model, config = cases[0].model, cases[0].facts["pruning_config"]
     prompts = [case.rows() for case in cases]
-    cases[0].model  # the first case's name selects the rule for layer 0  # noqa: B018
+    model.config._name_or_path = cases[0].facts["name_or_path"]  # the first case's name selects the rule for layer 0
     longest = max(len(rows) for rows, _ in prompts) + 3
     embeds = torch.zeros(len(prompts), longest, model.config.hidden_size)
     visual = torch.zeros(len(prompts), longest, dtype=torch.bool)

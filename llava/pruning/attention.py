@@ -22,6 +22,10 @@ from .rows import Rows
 # Scores that are only needed for their log-sum-exp are computed this many at a time (float32: 16 MiB).
 SCORE_CHUNK = 1 << 22
 
+# Where the kernel under F.scaled_dot_product_attention hands its log-sum-exp out. Elsewhere the scores are computed
+# once more for it.
+FUSED_LSE_DEVICES = ("cpu",)
+
 
 @dataclass
 class Tally:
@@ -57,8 +61,7 @@ def attend_with_lse(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool, tally: Tally
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend`, and the log-sum-exp of each row's scores, `[heads, rows]`, float32 or wider."""
-    if query.device.type == "cpu":
-        # The CPU kernel under F.scaled_dot_product_attention has the log-sum-exp at hand.
+    if query.device.type in FUSED_LSE_DEVICES:
         tally.add(query, keys)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query[None], keys[None], values[None], 0.0, causal, scale=scale
