@@ -264,7 +264,7 @@ def _open(model_path: str | Path, model_base: str | Path | None, name: str) -> _
             raise UserError(f"{model_path} is a LoRA adapter; give its base model as model_base (--model-base)")
         config = model_config(raw, name)
         checkpoint.fetch_weights(model_path, folder)
-        weights = _named_as_original(checkpoint.open_weights(folder), is_hf_layout(raw))
+        weights = key_mapping.original_names(checkpoint.open_weights(folder), is_hf_layout(raw))
         if not _any_below(weights, "model.mm_projector.") and (folder / "mm_projector.bin").is_file():
             weights |= _projector(folder)
         source = _Source(folder, config, weights, tokenizer_folder=folder)
@@ -305,7 +305,7 @@ def _open_on_base(
         )
     if is_adapter and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder / 'adapter_config.json'} is missing; the LoRA adapter is incomplete")
-    weights = _named_as_original(checkpoint.open_weights(base_folder), base_is_hf)
+    weights = key_mapping.original_names(checkpoint.open_weights(base_folder), base_is_hf)
     if is_adapter:
         extras = checkpoint.open_file(extras_file)
         weights |= {key_mapping.from_lora_extras(key): weight for key, weight in extras.items()}
@@ -317,11 +317,6 @@ def _open_on_base(
     has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
     tokenizer_folder = folder if is_adapter and has_tokenizer else base_folder
     return _Source(folder, config, weights, tokenizer_folder, folder if is_adapter else None)
-
-
-def _named_as_original(weights: Weights, is_hf: bool) -> Weights:
-    named = ((key_mapping.from_hf(key) if is_hf else key, weight) for key, weight in weights.items())
-    return {key: weight for key, weight in named if not key_mapping.is_old_buffer(key)}
 
 
 def _projector(folder: Path) -> Weights:
@@ -359,10 +354,7 @@ def _add_tower(source: _Source) -> None:
             f"the checkpoint's vision tower is not inside it and could not be found: {error}; "
             "mm_vision_tower in config.json may name a downloaded folder"
         ) from error
-    for key, weight in checkpoint.open_weights(folder).items():
-        original = key_mapping.from_clip(key)
-        if original is not None and not key_mapping.is_old_buffer(original):
-            source.weights[original] = weight
+    source.weights |= key_mapping.tower_names(checkpoint.open_weights(folder))
 
 
 # --- tokenizer and image processor ---

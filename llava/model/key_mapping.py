@@ -7,6 +7,10 @@ Original names are the ones our modules have. The HF layout has two forms: as pu
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 
@@ -69,6 +73,18 @@ def from_lora_extras(key: str) -> str:
     """Original name of a weight in ``non_lora_trainables.bin``, which PEFT's wrappers prefixed."""
     key = key.removeprefix("base_model.")
     return key.removeprefix("model.") if key.startswith(("model.model.", "model.lm_head.")) else key
+
+
+def original_names(weights: Mapping[str, T], is_hf: bool) -> dict[str, T]:
+    """A checkpoint's weights under original names, without old buffers."""
+    named = ((from_hf(key) if is_hf else key, weight) for key, weight in weights.items())
+    return {key: weight for key, weight in named if not is_old_buffer(key)}
+
+
+def tower_names(weights: Mapping[str, T]) -> dict[str, T]:
+    """The vision tower's weights of a CLIP checkpoint, under original names, without old buffers."""
+    named = ((from_clip(key), weight) for key, weight in weights.items())
+    return {key: weight for key, weight in named if key is not None and not is_old_buffer(key)}
 
 
 def _with_vision_model(key: str) -> str:
