@@ -1,0 +1,138 @@
+"""FLOPs: published figures by closed form, and `executed` against torch's own counter on real runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava.pruning import PruningTrace, prune
+from llava.pruning.baselines import forced_schedule
+from llava.pruning.flops import (
+    DecoderShape,
+    counter_mapping,
+    dense_trace,
+    executed_flops,
+    fastv_flops,
+    flops,
+    paper_flops,
+    prompt_flops,
+    savings,
+    vision_attention_saved,
+)
+
+LLAVA_7B = DecoderShape(
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_heads=32,
+    head_dim=128,
+    vocab_size=32000,
+    linear_weights=4 * 4096**2 + 3 * 4096 * 11008,
+)
+
+
+def test_dense_llava_7b_by_the_published_conventions():
+    assert paper_flops([576] * 32, LLAVA_7B) == pytest.approx(3.817e12, rel=2e-4)
+    assert fastv_flops([576] * 32, LLAVA_7B) == pytest.approx(2.99e12, rel=2e-3)
+    assert prompt_flops([651] * 32, LLAVA_7B) == pytest.approx(8.654e12, rel=1e-4)
+
+
+def test_published_saving_comes_from_the_published_averages_with_a_selection_behind_14_6_layers():
+    # 10.3 rows kept and an exit at layer 23.9 are published, the selecting layer is not: the saving determines it.
+    dense = paper_flops([576], LLAVA_7B)
+    kept = paper_flops([10.3], LLAVA_7B)
+
+    def saving(whole_layers: float) -> float:
+        return 1 - (whole_layers * dense + (23.9 - whole_layers) * kept) / (32 * dense)
+
+    assert saving(14.6) == pytest.approx(0.539, abs=1e-3)
+    # The earliest selection that mid-layer 6 allows would save far more, so the published figure is an average.
+    assert saving(8) == pytest.approx(0.741, abs=1e-3)
+
+
+def test_executed_dense_equals_the_prompt_convention_and_the_output_head():
+    trace = dense_trace(PruningTrace(651, list(range(35, 611)), lm_head_rows=1), LLAVA_7B)
+    assert executed_flops(trace, LLAVA_7B) == prompt_flops([651] * 32, LLAVA_7B) + 2 * 4096 * 32000
+
+
+def decoder(kv_heads: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        vocab_size=200,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts(*parts: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """A left-padded batch. Each part: rows of text, image, text, image, …, text."""
+    width = max(map(sum, parts))
+    visual, valid = torch.zeros(len(parts), width, dtype=torch.bool), torch.zeros(len(parts), width, dtype=torch.long)
+    for number, part in enumerate(parts):
+        row = width - sum(part)
+        valid[number, row:] = 1
+        for position, count in enumerate(part):
+            visual[number, row : row + count] = position % 2 == 1
+            row += count
+    torch.manual_seed(1)
+    return {"embeds": torch.randn(len(parts), width, 64), "visual": visual, "valid": valid}
+
+
+POLICIES = {
+    "dense": {},
+    "pruned": {"policy": forced_schedule(2, 4, 5, 6)},
+    "half": {"policy": forced_schedule(2, 4, 5, 6, sink="half")},
+    "shallow": {"config": {"mode": ["shallow"], "shallow_mid_layer": 3}},
+    "deep": {"config": {"mode": ["deep"], "mid_deep_layer": 5}},
+}
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "parts",
+    [((6, 40, 9),), ((6, 40, 9), (6, 40, 9), (6, 40, 9)), ((6, 40, 9), (3, 20, 4, 10, 5), (0, 30, 7))],
+    ids=["one", "three", "ragged"],
+)
+def test_executed_equals_the_torch_counter(kv_heads, name, parts):
+    if name == "dense" and len(set(parts)) > 1:
+        pytest.skip("the unpatched model works on padding too, which is no sample's own")
+    model, batch = decoder(kv_heads), prompts(*parts)
+    mask = None if batch["valid"].all() else batch["valid"]
+    with (
+        torch.no_grad(),
+        prune(model, visual_mask=batch["visual"], **POLICIES[name]) as run,
+        FlopCounterMode(display=False, custom_mapping=counter_mapping()) as counter,
+    ):
+        model(inputs_embeds=batch["embeds"], attention_mask=mask, use_cache=True, logits_to_keep=1)
+    shape = DecoderShape.of(model)
+    rotary = counter.get_flop_counts().get("LlamaForCausalLM.model.rotary_emb", {})
+    counted = counter.get_total_flops() - sum(rotary.values())  # angles are no part of any convention
+    assert sum(executed_flops(trace, shape) for trace in run.traces) == pytest.approx(counted, rel=1e-3)
+    assert len(run.traces) == len(parts)
+
+
+def test_savings_agree_with_counts_and_know_prompts_without_images():
+    model, batch = decoder(2), prompts((6, 40, 9))
+    with torch.no_grad(), prune(model, policy=forced_schedule(2, 4, 5, 6), visual_mask=batch["visual"]) as run:
+        model(inputs_embeds=batch["embeds"], use_cache=True, logits_to_keep=1)
+    trace, shape = run.traces[0], DecoderShape.of(model)
+    saved = savings(trace, model)
+    # 40 visual rows in layers 0 to 4, 5 in layer 5, none in 6 and 7.
+    visual_rows = [40] * 5 + [5] + [0] * 2
+    assert saved["paper"] == pytest.approx(1 - paper_flops(visual_rows, shape) / paper_flops([40] * 8, shape))
+    assert saved["prompt"] == pytest.approx(
+        1 - prompt_flops([55] * 5 + [20, 15, 15], shape) / prompt_flops([55] * 8, shape)
+    )
+    assert 0 < saved["executed"] < saved["paper"]
+    # Read: one visual row in layer 0 (the sink), none in layer 1, all in 2 to 4, 5 in layer 5, of 8 layers of 40.
+    assert vision_attention_saved(trace) == pytest.approx(1 - (1 + 3 * 40 + 5) / (8 * 40))
+
+    text = dense_trace(PruningTrace(20, []), shape)
+    assert savings(text, shape) == {"paper": 0.0, "fastv": 0.0, "prompt": 0.0, "executed": 0.0}
+    assert vision_attention_saved(text) == 0.0
+    assert flops(text, shape)["paper"] == 0
