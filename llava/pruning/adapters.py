@@ -14,13 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llava.utils import UserError
-
 from .config import PruningConfig, PruningConfigError
-
-
-class UnsupportedModelError(UserError):
-    """A model that cannot be pruned. Says why, and what to use instead."""
+from .errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
