@@ -380,8 +380,10 @@ class LlavaMetaForCausalLM:
         length = inputs_embeds.shape[1]
         if row_ids is None:
             row_ids = torch.full(inputs_embeds.shape[:2], IMAGE_TOKEN_INDEX, device=inputs_embeds.device)
+        # Rows without an id of their own get one that ends nothing; drafts made of it are verified like any other.
         end = self.generation_config.eos_token_id  # type: ignore[attr-defined]
-        stand_in = (end[0] if isinstance(end, list) else end) or 0
+        ends = end if isinstance(end, list) else [end]
+        stand_in = next(index for index in range(len(ends) + 1) if index not in ends)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _WithoutPrompt(kwargs["streamer"])
         kwargs["input_ids"] = row_ids.masked_fill(row_ids == IMAGE_TOKEN_INDEX, stand_in)
