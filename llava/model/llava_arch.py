@@ -378,6 +378,8 @@ class LlavaMetaForCausalLM:
                 "it is given the same rows"
             )
         length = inputs_embeds.shape[1]
+        # Without a mask transformers would take stand-ins that equal the padding id for padding.
+        kwargs.setdefault("attention_mask", torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device).long())
         if row_ids is None:
             row_ids = torch.full(inputs_embeds.shape[:2], IMAGE_TOKEN_INDEX, device=inputs_embeds.device)
         # Rows without an id of their own get one that ends nothing; drafts made of it are verified like any other.
