@@ -33,6 +33,9 @@ class RaggedLayer(DynamicLayer):
         starts: where each sample's segment begins. Its spare rows lie behind its rows.
     """
 
+    keys: torch.Tensor  # type: ignore[assignment]  # None until the first update, as in the parent class
+    values: torch.Tensor  # type: ignore[assignment]
+
     def __init__(self, lease: CacheLease):
         super().__init__()
         self.lease = lease
@@ -66,7 +69,7 @@ class RaggedLayer(DynamicLayer):
     def num_bytes(self) -> int:
         """Bytes the rows take, without spare ones."""
         rows = sum(self.lengths)
-        return rows * sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
+        return rows * sum(part.shape[1] * part.shape[3] * part.element_size() for part in (self.keys, self.values))
 
     # -- transformers' interface ----------------------------------------------------------------------------
 
@@ -102,6 +105,7 @@ class RaggedLayer(DynamicLayer):
             self.keys[:, :, end : end + new] = key_states
             self.values[:, :, end : end + new] = value_states
         else:
+            assert self._next_rows is not None
             rows = self._next_rows[:, None] + torch.arange(new, device=self.device)  # [batch, new]
             for store, states in ((self.keys, key_states), (self.values, value_states)):
                 packed = states.transpose(0, 1).flatten(1, 2)  # [kv_heads, batch * new, head_dim]
@@ -137,7 +141,7 @@ class RaggedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.keys = self.values = self._next_rows = None
+        self._next_rows = None
         self.is_initialized = False
         self.lengths, self.starts = [], []
 
@@ -155,11 +159,11 @@ class RaggedLayer(DynamicLayer):
         """Let sample b go on from what sample `beam_idx[b]` holds. Both must hold equally many rows."""
         if not self.lengths:
             return
-        beam_idx = beam_idx.to(self.keys.device)
+        order = beam_idx.to(self.keys.device)
         rooms = self.capacity
         starts = torch.tensor(self.starts, device=self.keys.device)
         sizes = torch.tensor(rooms, device=self.keys.device)
-        shift = (starts[beam_idx] - starts).repeat_interleave(sizes, output_size=sum(rooms))
+        shift = (starts[order] - starts).repeat_interleave(sizes, output_size=sum(rooms))
         source = torch.arange(sum(rooms), device=self.keys.device) + shift
         self.keys = self.keys.index_select(2, source)
         self.values = self.values.index_select(2, source)

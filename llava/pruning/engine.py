@@ -43,7 +43,7 @@ ATTENTION_NAME = "visual_token_pruning"
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -92,7 +92,8 @@ class PruningRun:
     # -- on and off the model -----------------------------------------------------------------------------------
 
     def install(self) -> None:
-        model, decoder = self._adapter.model, self._adapter.decoder
+        model: Any = self._adapter.model
+        decoder = self._adapter.decoder
         on = self._undo.append
         on(model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
         on(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True).remove)
@@ -106,7 +107,7 @@ class PruningRun:
                 on(layer.register_forward_pre_hook(self._layer_hook(number), with_kwargs=True).remove)
             on(layers[-1].register_forward_hook(self._after_last_layer).remove)
             for config in self._adapter.attention_configs:
-                on(lambda config=config, old=config._attn_implementation: setattr(config, "_attn_implementation", old))
+                on(partial(setattr, config, "_attn_implementation", config._attn_implementation))
                 config._attn_implementation = ATTENTION_NAME
             # Compiled code may have been traced without the hooks, and row counts change from prompt to prompt.
             for part, name, eager in self._adapter.compiled_parts():
@@ -156,14 +157,14 @@ class PruningRun:
         if self._policy is not None and kwargs.get("output_attentions"):
             raise UnsupportedCallError("output_attentions is not available with pruning: attention is fused")
 
-    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self._state is not None and self._thread != threading.get_ident():
             raise RuntimeError("another call is running on this model under pruning; wait for it to end")
         given_mask = kwargs.pop("visual_mask", None)
         cache = kwargs.get("past_key_values")
         embeds = kwargs.get("inputs_embeds")
         ids = kwargs.get("input_ids", args[0] if args else None)
-        batch, width = (embeds if embeds is not None else ids).shape[:2]
+        batch, width = next(given for given in (embeds, ids) if given is not None).shape[:2]
 
         self._thread = threading.get_ident()
         if cache is not None and cache.get_seq_length() > 0:
@@ -308,10 +309,13 @@ class PruningRun:
         return before_layer
 
     def _after_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        state = self._state
+        if state is None:
+            return output
         last = len(self._adapter.layers) - 1
         if isinstance(output, tuple):
-            return (self._state.leave(last, output[0]), *output[1:])
-        return self._state.leave(last, output)
+            return (state.leave(last, output[0]), *output[1:])
+        return state.leave(last, output)
 
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
         state, self._state, self._thread = self._state, None, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Prefill:
     padding: list[int]
     cache: DynamicCache | None
     first_layer: int = 1
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    position_embeddings: tuple[torch.Tensor, ...] = ()
     position_ids: torch.Tensor | None = None
     counts_per_layer: list[list[int]] = field(default_factory=list)
 
@@ -76,7 +76,7 @@ class Prefill:
         for sample in self.samples:
             sample.trace.rows_per_layer.append(sample.rows.count)
         if self.cache is not None:
-            self.cache.layers[layer].expect_prefill(self.counts)
+            cast(RaggedLayer, self.cache.layers[layer]).expect_prefill(self.counts)
         return hidden
 
     def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -113,28 +113,27 @@ class Prefill:
             survivors.append(index + start)
             start += sample.rows.count
             sample.rows = left
-        index = torch.as_tensor(np.concatenate(survivors), device=hidden.device)
-        self.position_embeddings = tuple(_select_rows(part, index) for part in self.position_embeddings or ())
+        everyone = torch.as_tensor(np.concatenate(survivors), device=hidden.device)
+        self.position_embeddings = tuple(_select_rows(part, everyone) for part in self.position_embeddings)
         if self.position_ids is not None:
-            self.position_ids = _select_rows(self.position_ids, index)
-        return _select_rows(hidden, index)
+            self.position_ids = _select_rows(self.position_ids, everyone)
+        return _select_rows(hidden, everyone)
 
     # -- decisions --------------------------------------------------------------------------------------------
 
     def _settle(self, layer: int) -> None:
         """Ask the policies what `layer` decided. One transfer to the host, where anything was measured."""
-        probed = [sample for sample in self.samples if sample.probe is not None]
+        probed = [(number, sample.probe) for number, sample in enumerate(self.samples) if sample.probe is not None]
         measures: dict[int, Probe] = {}
         if probed:
-            measured = torch.cat([torch.stack(sample.probe) for sample in probed], dim=1)
-            host = measured.detach().cpu().numpy()
-            ends = np.cumsum([len(sample.rows.visual) for sample in probed])
-            for sample, part in zip(probed, np.split(host, ends[:-1], axis=1), strict=True):
-                measures[id(sample)] = Probe(*part)
-                sample.probe = None
-        for sample in self.samples:
+            host = torch.cat([torch.stack(probe) for _, probe in probed], dim=1).detach().cpu().numpy()
+            ends = np.cumsum([len(probe.cosine) for _, probe in probed])
+            for (number, _), part in zip(probed, np.split(host, ends[:-1], axis=1), strict=True):
+                measures[number] = Probe(*part)
+        for number, sample in enumerate(self.samples):
+            sample.probe = None
             if len(sample.rows.visual):
-                self._decide(sample, layer, measures.get(id(sample)))
+                self._decide(sample, layer, measures.get(number))
 
     def _decide(self, sample: Sample, layer: int, probe: Probe | None) -> None:
         trace, rows = sample.trace, sample.rows
@@ -224,15 +223,15 @@ class Decoding:
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """`query` `[batch, heads, new, head_dim]`; keys and values are the layer's whole ragged storage."""
-        stored: RaggedLayer = self.cache.layers[layer]
+        stored = cast(RaggedLayer, self.cache.layers[layer])
         tally = Tally()
         batch, heads, new, head_dim = query.shape
         if stored.is_uniform and new == 1 and batch > 1:
             shape = (keys.shape[1], batch, stored.capacity[0], head_dim)
             length = stored.lengths[0]
-            together = [part[0].view(shape)[:, :, :length].transpose(0, 1) for part in (keys, values)]
+            all_keys, all_values = (part[0].view(shape)[:, :, :length].transpose(0, 1) for part in (keys, values))
             output = nn.functional.scaled_dot_product_attention(
-                query, *together, scale=scale, enable_gqa=heads != keys.shape[1]
+                query, all_keys, all_values, scale=scale, enable_gqa=heads != keys.shape[1]
             )
             return output.transpose(1, 2)
         outputs = []

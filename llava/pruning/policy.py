@@ -111,28 +111,32 @@ class VisiPruner(Policy):
 
     def __init__(self, config: PruningConfig, sink: str):
         self.config = config
+        # Zero where the mode does not need them: no layer is below, none is above.
+        self.shallow_mid_layer = config.shallow_mid_layer or 0
+        self.mid_deep_layer = config.mid_deep_layer or 0
+        self.layer_threshold = config.layer_threshold or 0.0
         self.sink = Reading.FIRST_SINK if sink == "first" else Reading.HALF_SINK
         self.selected = False
         self.quiet_layers = 0
 
     def reading(self, layer: int) -> Reading:
-        if not self.config.shallow or layer >= self.config.shallow_mid_layer:
+        if not self.config.shallow or layer >= self.shallow_mid_layer:
             return Reading.ALL
         return self.sink if layer == 0 else Reading.NO_IMAGE
 
     def needs_probe(self, layer: int) -> bool:
-        if not self.config.middle or layer <= self.config.shallow_mid_layer:
+        if not self.config.middle or layer <= self.shallow_mid_layer:
             return False
         return self.config.deep or not self.selected
 
     def decide(self, layer: int, num_visual: int, probe: Probe | None) -> Decision | None:
         if not self.config.middle:
-            leaves = self.config.deep and layer == self.config.mid_deep_layer - 1
+            leaves = self.config.deep and layer == self.mid_deep_layer - 1
             return Decision(np.zeros(num_visual, dtype=bool), Cause.EXIT) if leaves else None
         if probe is None:
             return None
         if not self.selected:
-            if not (probe.cosine < self.config.layer_threshold).any():
+            if not (probe.cosine < self.layer_threshold).any():
                 return None
             self.selected = True
             return Decision(probe.norm > self.config.tokens_threshold, Cause.SELECTION)
