@@ -229,7 +229,8 @@ def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None
         raise UserError(
             "8- and 4-bit loading needs bitsandbytes, the extra 'quant': pip install 'llava-visipruner[quant]'"
         )
-    whole = ["lm_head", "mm_projector", "vision_tower"]
+    # transformers matches these from the start of a module's full name.
+    whole = ["lm_head", "model.mm_projector", "model.vision_tower"]
     if load_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
