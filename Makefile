@@ -1,11 +1,12 @@
 # `make demo` and `make test` need python3 (3.10 or newer), make and pip's package index; nothing else by hand.
 PYTHON ?= python3
 VENV ?= .venv
-IMAGE ?= llava/assets/images/easy_vqa_0.png
+IMAGE ?= $(firstword $(sort $(wildcard llava/assets/images/*.png)))
 QUESTION ?= What shape is in the image?
 
 python := $(VENV)/bin/python
-pip := $(python) -m pip install --quiet --disable-pip-version-check
+# -qq: errors only, no warnings
+pip := $(python) -m pip install -qq --disable-pip-version-check
 
 .PHONY: help demo test lint format clean
 
@@ -18,7 +19,12 @@ help:
 	@echo "Variables:   PYTHON=python3.12  VENV=.venv  IMAGE=picture.png  QUESTION='What is this?'"
 
 demo: $(VENV)/installed
+	@echo
+	@echo "Picture:  $(IMAGE)"
+	@echo "Question: $(QUESTION)"
 	@$(python) -m llava.serve.cli_pruning --image-file "$(IMAGE)" --question "$(QUESTION)"
+	@echo
+	@echo "Chat about it:  $(python) -m llava.serve.cli_pruning --image-file $(IMAGE)"
 
 test: $(VENV)/installed-dev
 	$(python) -m pytest

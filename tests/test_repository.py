@@ -1,0 +1,84 @@
+"""What a newcomer meets first says the truth, and what must never slip in has not."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers.utils import logging
+
+from llava.model.recommended import PUBLISHED
+from llava.pruning import PruningConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]
+SOURCES = [path for folder in ("llava", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+
+logging.set_verbosity_error()
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_links_and_modules_in_the_guides_exist(guide):
+    text = guide.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (guide.parent / target).exists(), f"{guide.name} links to {target}"
+    for module in re.findall(r"python3? -m ([\w.]+)", text):
+        assert find_spec(module), f"{guide.name} runs {module}"
+    for name in re.findall(r"`((?:llava|tests|scripts)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), f"{guide.name} names {name}"
+
+
+def test_the_readme_snippet_runs(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    from tiny_checkpoints import tiny_config, tiny_model, write_original
+
+    import llava.constants
+
+    folder = write_original(tmp_path / "tiny-llava", tiny_model(tiny_config(num_hidden_layers=8)))
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(llava.constants, "SHIPPED_MODEL_PATH", folder)
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert "[" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_readme_config_is_the_published_one_and_its_table_is_complete():
+    (written,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    assert PruningConfig.from_any(json.loads(written)) == PUBLISHED
+    documented = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
+    assert set(PruningConfig.__dataclass_fields__) <= documented
+
+
+def test_citation_and_package_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{citation["version"]}"' in project
+    assert f'license = "{citation["license"]}"' in project
+    assert "arXiv:2510.17205" in str(citation["preferred-citation"])
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_torch_load_reads_weights_only_and_no_remote_code_is_trusted():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword):
+                assert node.arg != "trust_remote_code", path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                flags = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert flags.get("weights_only") == "True", f"{path}:{node.lineno}"
+
+
+def test_no_prompt_length_or_patch_count_is_written_into_the_package():
+    # Where the picture starts (35 in one template) and how many rows it has (576 in one tower) come from the splice.
+    for path in (ROOT / "llava").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, int):
+                assert node.value not in (35, 576, 611), f"{path}:{node.lineno}"
