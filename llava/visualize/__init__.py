@@ -1,0 +1,45 @@
+"""Seeing what a model does with a picture: recorded runs, lenses on them, drawings, and a report page.
+
+`observe` asks a question and records the rows of interest; the lenses (`logit_lens`, `value_output_lens`,
+`attention_to_image`, …) turn the record into arrays; `llava.visualize.draw` (extra `viz`) draws arrays.
+"""
+
+from .geometry import PatchMap, patch_map
+from .lenses import (
+    Shares,
+    TopTokens,
+    attention_shares,
+    attention_to_image,
+    logit_lens,
+    project,
+    smallest_cosines,
+    through_output_projection,
+    token_probabilities,
+    top_tokens,
+    value_norms,
+    value_output_lens,
+)
+from .observe import Observation, observe
+from .record import Recording, RowRecord, record
+
+__all__ = [
+    "Observation",
+    "PatchMap",
+    "Recording",
+    "RowRecord",
+    "Shares",
+    "TopTokens",
+    "attention_shares",
+    "attention_to_image",
+    "logit_lens",
+    "observe",
+    "patch_map",
+    "project",
+    "record",
+    "smallest_cosines",
+    "through_output_projection",
+    "token_probabilities",
+    "top_tokens",
+    "value_norms",
+    "value_output_lens",
+]

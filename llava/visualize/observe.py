@@ -1,0 +1,128 @@
+"""One picture, one question, one answer, and everything that can be seen of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.pruning import PruningConfig, PruningTrace, prune
+from llava.pruning.flops import savings
+from llava.pruning.policy import PolicyFactory
+from llava.serve.chat import ChatModel, GenerationOptions, Picture, Turn
+from llava.utils import UserError
+
+from .geometry import PatchMap, patch_map
+from .record import Recording, RowRecord, record
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A recorded run.
+
+    Attributes:
+        picture: what was asked about.
+        question: what was asked.
+        answer: what the model said.
+        config: pruning config of the run; None: dense, or another policy.
+        trace: what was decided.
+        savings: fraction of the dense prefill's FLOPs that was saved, by convention (`llava.pruning.flops`).
+        recording: the rows that were recorded.
+        patches: where each visual row looks, in the order of `recording.visual_positions`.
+        labels: a word for each row of the prompt and each token of the answer: the vocabulary's piece, or
+            "patch i".
+        answer_ids: the answer's tokens.
+    """
+
+    picture: Picture
+    question: str
+    answer: str
+    config: PruningConfig | None
+    trace: PruningTrace
+    savings: dict[str, float]
+    recording: Recording
+    patches: PatchMap
+    labels: list[str]
+    answer_ids: tuple[int, ...]
+
+    @property
+    def last(self) -> RowRecord:
+        """The prompt's last row, which the first token of the answer is read from."""
+        return self.recording.row(-1)
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Visual rows left after selection, bool [visual rows]; all where nothing was selected."""
+        if self.trace.select_layer is None:
+            return np.full(self.trace.num_visual, self.trace.exit_layer is None)
+        return np.isin(self.recording.visual_positions, self.trace.kept_positions)
+
+    def answer_row(self, token: int) -> RowRecord:
+        """The row that predicted token number `token` of the answer; the first one is the prompt's last row."""
+        return self.recording.row(self.recording.num_rows - 1 + token)
+
+
+def observe(
+    chat: ChatModel,
+    picture: Any,
+    question: str,
+    config: Any = None,
+    *,
+    policy: PolicyFactory | None = None,
+    rows: Iterable[int] = (),
+    max_new_tokens: int = 32,
+) -> Observation:
+    """Ask a question about a picture, greedily, and record the rows that the answer was read from.
+
+    Args:
+        chat: the model.
+        picture: a path, a URL, a `PIL.Image.Image`, or a prepared `Picture`.
+        question: the text; the picture is put before it.
+        config: pruning config in any form `PruningConfig.from_any` takes; None: dense.
+        policy: instead of `config`, another pruning method (`llava.pruning.prune`).
+        rows: further rows of the prompt to record; negative ones count from its end.
+        max_new_tokens: longest answer in tokens.
+
+    Raises:
+        UserError: a picture, config or question that cannot be used.
+    """
+    checkpoint = chat.checkpoint
+    if not question.strip():
+        raise UserError("the question is empty; ask something about the picture")
+    prepared = picture if isinstance(picture, Picture) else checkpoint.read_picture(picture)
+    checked = None if config is None else checkpoint.pruning_config(config)
+    prompt = checkpoint.encode([Turn(question, [prepared])])
+    ids = prompt.ids[0].tolist()
+    first = ids.index(IMAGE_TOKEN_INDEX)
+    is_visual = np.zeros(prompt.num_rows, dtype=bool)
+    is_visual[first : first + prompt.num_visual] = True
+
+    # Row N - 1 + k predicts token k.
+    watched = [*rows, *range(prompt.num_rows - 1, prompt.num_rows - 1 + max_new_tokens)]
+    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    with prune(chat.model, checked, policy=policy) as run, record(chat.model, is_visual, watched) as recording:
+        answer = chat.answer(prompt, None, options)
+
+    def pieces(ids: Iterable[int]) -> list[str]:
+        return [str(piece) for piece in chat.tokenizer.convert_ids_to_tokens(list(ids))]
+
+    labels = pieces(ids[:first]) + [f"patch {number}" for number in range(prompt.num_visual)]
+    labels += pieces(ids[first + 1 :]) + pieces(answer.ids)
+    tower = chat.model.get_vision_tower()
+    return Observation(
+        picture=prepared,
+        question=question,
+        answer=answer.text,
+        config=checked,
+        trace=run.traces[0],
+        savings=savings(run.traces[0], chat.model),
+        recording=recording,
+        patches=patch_map(
+            prepared.image.size, checkpoint.image_processor, checkpoint.config, tower.num_patches_per_side
+        ),
+        labels=labels,
+        answer_ids=answer.ids,
+    )
