@@ -119,13 +119,13 @@ def ask_existence(scene: Scene, rng: random.Random, yes: bool | None = None) -> 
         item = rng.choice(scene.items)
         wanted = (item.shape if by_shape else None, item.color if by_color else None)
     else:
-        here = rng.random() < 0.6 and by_shape and by_color
+        here = by_shape and by_color and rng.random() < 0.6
         shapes = [item.shape for item in scene.items] if here else list(SHAPES)
         colors = [item.color for item in scene.items] if here else list(COLORS)
         pairs = [(shape if by_shape else None, color if by_color else None) for shape in shapes for color in colors]
         absent = [pair for pair in pairs if not _matching(scene, *pair)]
-        if not absent:
-            return None
+        if not absent:  # every pairing of what is there is there
+            return ask_existence(scene, rng, yes=False)
         wanted = rng.choice(absent)
     return Question(f"Is there a {_name(*wanted)} {place}?", _word(yes), "existence", "verify", "obj")
 

@@ -1,0 +1,216 @@
+"""Batches: pictures or their descriptions, with as many questions as fit behind them.
+
+A batch depends on seed, stage and step alone, so a run that is resumed goes on with the batches it would have
+seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from .easyvqa import easy_by_image, easy_labels, easy_picture
+from .questions import INSTRUCTION, YES_NO, Question, describe, write_questions
+from .renderer import SIDE, make_scene, patch_labels, render
+from .tokenizer import prompt, split_prompt
+
+NEWLINE = "\n"
+
+TAIL = 120  # rows for the questions of one picture
+DESCRIPTION = 64  # rows for a scene in words
+SIDE_BY_SIDE = 9  # questions tried for a picture
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors as `Learner` takes them; `tasks` names the task of every segment (index 1, 2, …) of every sample."""
+
+    pixels: torch.Tensor | None
+    labels: torch.Tensor | None
+    words: torch.Tensor | None
+    valid: torch.Tensor | None
+    ids: torch.Tensor
+    segments: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    tasks: list[list[str]]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        moved = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+
+class Encoder:
+    """Turns questions and answers into ids and targets."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.before = split_prompt(tokenizer, prompt("What?"))[0]
+        self._encode = tokenizer.backend_tokenizer.encode
+        self._ids = functools.lru_cache(maxsize=100_000)(self._tokenize)
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return tuple(self._encode(text, add_special_tokens=False).ids)
+
+    def turn(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        """Ids behind the picture, and the target of each: what to say next where it is the answerer's turn.
+
+        The pieces are those of `prompt`; that they tokenise as the whole does is guarded by a test.
+        """
+        ids: list[int] = []
+        targets: list[int] = []
+        for number, (question, answer) in enumerate(turns):
+            asked = self._ids(f"{'USER: ' if number else NEWLINE}{question} ASSISTANT:")
+            said = (*self._ids(f" {answer}"), self.tokenizer.eos_token_id)
+            ids += [*asked, *said]
+            targets += [-100] * (len(asked) - 1) + [*said, -100]
+        return ids[:-1], targets[:-1]
+
+    def words(self, text: str) -> list[int]:
+        """Ids of a description, in the place of the picture."""
+        return list(self._tokenize(text))
+
+    def pack(self, turns: Iterable[tuple[tuple[tuple[str, str], ...], str]]) -> tuple[np.ndarray, list[str]]:
+        """Ids, segments, places and targets [4, TAIL] of the conversations that fit, and their tasks."""
+        rows = np.zeros((4, TAIL), dtype=np.int64)
+        rows[3] = -100
+        used, tasks = 0, []
+        for turn, task in turns:
+            ids, targets = self.turn(turn)
+            end = used + len(ids)
+            if end > TAIL:
+                continue
+            tasks.append(task)
+            rows[0, used:end], rows[1, used:end] = ids, len(tasks)
+            rows[2, used:end], rows[3, used:end] = range(len(ids)), targets
+            used = end
+        return rows, tasks
+
+
+def phrase(question: Question, rng: random.Random) -> str:
+    """A question as people ask it: half of them with the line that wants one word."""
+    text = question.text
+    if question.answer in ("yes", "no") and rng.random() < 0.15:
+        text += f" {YES_NO}"
+    return f"{text}\n{INSTRUCTION}" if rng.random() < 0.5 else text
+
+
+def _conversations(questions: Sequence[Question], rng: random.Random) -> list:
+    """Most questions alone, some as the second turn of a chat."""
+    waiting = [((phrase(question, rng), question.answer), question.task) for question in questions]
+    turns = []
+    while waiting:
+        turn, task = waiting.pop()
+        if waiting and rng.random() < 0.06:
+            later, task = waiting.pop()
+            turns.append(((turn, later), task))
+        else:
+            turns.append(((turn,), task))
+    return turns
+
+
+def as_pixels(picture: Image.Image) -> np.ndarray:
+    """uint8 [96, 96, 3], resized as the image processor does."""
+    if picture.size != (SIDE, SIDE):
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+@functools.cache
+def _easy_sample(split: str, image: int) -> tuple[np.ndarray, np.ndarray]:
+    picture = easy_picture(split, image)
+    return as_pixels(picture), easy_labels(picture)
+
+
+def _easy_questions(questions: list[tuple[str, str]], rng: random.Random) -> list[Question]:
+    chosen = rng.sample(questions, min(SIDE_BY_SIDE, len(questions)))
+    return [
+        Question(text[0].upper() + text[1:] if rng.random() < 0.5 else text, answer, "easy-VQA", "", "")
+        for text, answer in chosen
+    ]
+
+
+def picture_batch(encoder: Encoder, rng: random.Random, size: int, easy: float, ask: bool = True) -> Batch:
+    """Pictures with questions (none unless `ask`); the share `easy` of them from easy-VQA's training split."""
+    pixels, labels, packed, tasks = [], [], [], []
+    for _ in range(size):
+        if rng.random() < easy:
+            image, asked = rng.choice(easy_by_image("train"))
+            shown, said = _easy_sample("train", image)
+            questions = _easy_questions(asked, rng) if ask else []
+        else:
+            scene = make_scene(rng)
+            shown, said = np.asarray(render(scene)), patch_labels(scene)
+            questions = write_questions(scene, rng, SIDE_BY_SIDE) if ask else []
+        rows, kinds = encoder.pack(_conversations(questions, rng))
+        pixels.append(shown)
+        labels.append(said)
+        packed.append(rows)
+        tasks.append(kinds)
+    return _stack(packed, tasks, pixels=pixels, labels=labels)
+
+
+def word_batch(encoder: Encoder, rng: random.Random, size: int) -> Batch:
+    """Scenes in words with questions."""
+    words = np.zeros((size, DESCRIPTION), dtype=np.int64)
+    valid = np.zeros((size, DESCRIPTION), dtype=bool)
+    packed, tasks = [], []
+    for row in range(size):
+        scene = make_scene(rng)
+        ids = encoder.words(describe(scene, rng))
+        words[row, : len(ids)], valid[row, : len(ids)] = ids, True
+        asked, kinds = encoder.pack(_conversations(write_questions(scene, rng, SIDE_BY_SIDE), rng))
+        packed.append(asked)
+        tasks.append(kinds)
+    return _stack(packed, tasks, words=words, valid=valid)
+
+
+def held_out_batch(encoder: Encoder, start: int, size: int, split: str = "validation") -> Batch:
+    """Rendered pictures `start` … `start + size - 1` of a held-out split, with one-turn questions."""
+    pixels, labels, packed, tasks = [], [], [], []
+    for index in range(start, start + size):
+        rng = random.Random(f"{split}/{index}")
+        scene = make_scene(rng)
+        questions = write_questions(scene, rng, SIDE_BY_SIDE)
+        rows, kinds = encoder.pack([(((phrase(q, rng), q.answer),), q.task) for q in questions])
+        pixels.append(np.asarray(render(scene)))
+        labels.append(patch_labels(scene))
+        packed.append(rows)
+        tasks.append(kinds)
+    return _stack(packed, tasks, pixels=pixels, labels=labels)
+
+
+def easy_batches(encoder: Encoder, split: str, size: int, limit: int | None = None) -> Iterable[Batch]:
+    """Every question of an easy-VQA split as it is written, pictures repeated where theirs fill several rows."""
+    samples = []
+    for image, asked in easy_by_image(split)[:limit]:
+        left = [(((text, answer),), "easy-VQA") for text, answer in asked]
+        while left:
+            rows, kinds = encoder.pack(left)
+            samples.append((*_easy_sample(split, image), rows, kinds))
+            left = left[len(kinds) :]
+    while len(samples) % size:  # equal shapes compile once; the filling has no questions
+        shown, said, rows, _ = samples[0]
+        empty = np.zeros_like(rows)
+        empty[3] = -100
+        samples.append((shown, said, empty, []))
+    for start in range(0, len(samples), size):
+        pixels, labels, packed, tasks = zip(*samples[start : start + size], strict=True)
+        yield _stack(list(packed), list(tasks), pixels=list(pixels), labels=list(labels))
+
+
+def _stack(packed: list, tasks: list[list[str]], **parts) -> Batch:
+    ids, segments, places, targets = torch.from_numpy(np.stack(packed)).unbind(1)
+    tensors = {name: torch.from_numpy(np.stack(list(values))) for name, values in parts.items()}
+    empty = dict.fromkeys(("pixels", "labels", "words", "valid"))
+    return Batch(**{**empty, **tensors}, ids=ids, segments=segments, places=places, targets=targets, tasks=tasks)

@@ -1,0 +1,64 @@
+"""Train the model that ships with the project, from nothing, and write it as a LLaVA checkpoint.
+
+python scripts/train_tiny.py                       # the whole curriculum, then llava/assets/tiny_llava
+python scripts/train_tiny.py --curriculum smoke --out /tmp/smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+# Threads that spin while they wait cost most of the time on a machine that does other work too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from tiny_llava.export import export
+from tiny_llava.train import CURRICULA, Run
+from torch import distributed
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--curriculum", choices=sorted(CURRICULA), default="full")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of checkpoint and log; resumes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share every batch")
+    parser.add_argument("--joint-steps", type=int, help="another length of the last stage")
+    parser.add_argument("--every", type=float, default=150.0, help="seconds between checkpoints")
+    parser.add_argument("--export", type=Path, help="write the checkpoint in --out here as a LLaVA folder; no training")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile (needs a C++ compiler)")
+    arguments = parser.parse_args()
+    if arguments.export:
+        run = Run(arguments.out, CURRICULA[arguments.curriculum], arguments.seed)
+        export(run.learner, run.tokenizer, arguments.export)
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if torch.cuda.is_available():
+        arguments.workers = 1
+    torch.multiprocessing.spawn(train, (arguments, port), nprocs=arguments.workers)
+
+
+def train(rank: int, arguments: argparse.Namespace, port: int) -> None:
+    """One of the processes that train together."""
+    if arguments.workers > 1:
+        torch.set_num_threads(1)
+        distributed.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=arguments.workers
+        )
+    stages = CURRICULA[arguments.curriculum]
+    if arguments.joint_steps:
+        stages = (*stages[:-1], dataclasses.replace(stages[-1], steps=arguments.joint_steps))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(arguments.out, stages, arguments.seed, device, fast=not arguments.no_compile)
+    run.run(arguments.every)
+
+
+if __name__ == "__main__":
+    main()
