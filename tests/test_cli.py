@@ -26,8 +26,9 @@ from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningTrace
-from llava.serve import chat, cli, cli_pruning
-from llava.serve.chat import Answer, ChatModel, ChatSession, Checkpoint, GenerationOptions, clean_text, describe
+from llava.serve import chat, cli, cli_pruning, terminal
+from llava.serve.chat import Answer, ChatModel, ChatSession, Checkpoint, GenerationOptions, describe
+from llava.serve.text import clean_text
 
 LAYERS = 6
 # Selects somewhere, keeps some tokens of a random model and drops others.
@@ -212,7 +213,7 @@ BAD = {
     "no new tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0"),
     "not a number": (["--max-new-tokens", "many"], "invalid int value: 'many'"),
     "unknown option": (["--pruning", "x", "--no-such"], "--no-such"),
-    "unknown template": (["--conv-mode", "v99"], "'v99'"),
+    "unknown template": (["--conv-mode", "v99"], "unknown conversation template 'v99'"),
     "dense and config": (["--dense", "--pruning-config", "{}"], "exclude each other"),
     "dense and compare": (["--dense", "--compare"], "exclude each other"),
 }
@@ -345,7 +346,7 @@ def drive(monkeypatch, capsys, session, lines, **options) -> tuple[str, str]:
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    assert cli_pruning.Chat(session, can_prune=True, **options).run() == 0
+    assert terminal.Chat(session, can_prune=True, **options).run() == 0
     captured = capsys.readouterr()
     return captured.out, captured.err
 
@@ -414,7 +415,7 @@ def test_an_unexpected_error_does_not_end_the_chat(monkeypatch, capsys, session,
 
 def test_without_pruning_the_commands_about_it_are_gone(session, capsys):
     session.config = None
-    plain = cli_pruning.Chat(session, can_prune=False)
+    plain = terminal.Chat(session, can_prune=False)
     plain.handle("/config {}")
     plain.handle("/dense")
     assert capsys.readouterr().err.count("there is no command") == 2
@@ -441,7 +442,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
         os.execv(sys.executable, [str(arg) for arg in (*argv, "--max-new-tokens", 4000)])
     seen, read_to = "", 0
 
-    def until(text: str, seconds: float = 120) -> None:
+    def until(text: str, seconds: float = 300) -> None:
         """Read on until the terminal has shown ``text`` after what was waited for before."""
         nonlocal seen, read_to
         deadline = time.monotonic() + seconds

@@ -1,1 +1,2 @@
-"""Talking to a model: `chat` is the conversation, `cli_pruning` and `cli` are the terminal around it."""
+"""Talking to a model: `chat` is the conversation, `terminal` is the terminal around it,
+and `cli_pruning` and `cli` are the programs."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -43,16 +42,6 @@ from llava.model.recommended import recommended_config
 from llava.pruning import PruningConfig, PruningConfigError, PruningTrace
 from llava.pruning.flops import savings
 from llava.utils import UserError
-
-# Marks that turn the direction of text around: harmless in a sentence, a way to fake one in a terminal.
-_BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def clean_text(text: str) -> str:
-    """``text`` without what a terminal would obey: control characters (but newline and tab) and bidi controls."""
-    return "".join(
-        char for char in text if char in "\n\t" or not (unicodedata.category(char) == "Cc" or char in _BIDI_CONTROLS)
-    )
 
 
 @dataclass(frozen=True)
@@ -132,7 +121,7 @@ class Answer:
     """What the model said, what was pruned on the way, and how long it took.
 
     Attributes:
-        text: the answer, stripped; as the model wrote it (see `clean_text` before it goes to a terminal).
+        text: the answer as the model wrote it, stripped; not yet safe for a terminal (`llava.serve.text.clean_text`).
         config: the pruning config of this answer; None: dense.
         trace: what was decided; None for a dense answer.
         flops_saved: fraction of the dense prefill's FLOPs saved, by convention; empty for a dense answer.
@@ -143,6 +132,7 @@ class Answer:
             picture out.
         seconds: for the whole answer.
         finish: ``stop`` (the model ended it), ``length``, or ``interrupted``.
+        ids: the tokens themselves.
     """
 
     text: str
@@ -156,6 +146,7 @@ class Answer:
     time_to_first_token: float
     seconds: float
     finish: str
+    ids: tuple[int, ...] = ()
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -420,6 +411,7 @@ class ChatModel:
             time_to_first_token=(watch.first_token_at or begin + seconds) - begin,
             seconds=seconds,
             finish=finish,
+            ids=tuple(ids),
         )
 
     def warm_up(self, prompt: Prompt, config: PruningConfig | None) -> None:
