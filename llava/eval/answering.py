@@ -1,0 +1,257 @@
+"""Batches of questions → answers with traces and clock: what the benchmark runner and the comparison share."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from llava.conversation import conv_templates
+from llava.eval.questions import Question
+from llava.mm_utils import KeywordsStoppingCriteria
+from llava.pruning import PruningConfig, PruningTrace
+from llava.serve.chat import Checkpoint, GenerationOptions, Turn
+from llava.utils import UserError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question as the model takes it, or the reason why it cannot be asked.
+
+    Attributes:
+        ids: prompt ids; ``pixels``: float ``[3, S, S]`` or ``[tiles, 3, S, S]`` as a NumPy array (through a pipe:
+            shared memory is small in containers), None without an image; ``size``: the picture's width, height.
+        room: how many tokens the answer may have before the context is full.
+        error: set instead of all these.
+    """
+
+    question: Question
+    ids: list[int] | None = None
+    pixels: Any = None
+    size: tuple[int, int] | None = None
+    num_visual: int = 0
+    room: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one question.
+
+    Attributes:
+        trace: what was pruned; None in a dense run.
+        num_visual: visual rows of the prompt.
+        new_tokens: tokens generated, the end token included.
+        first_token_seconds, seconds: of the question's whole batch: until the first token, and in all.
+        batch_size: questions in that batch.
+    """
+
+    question: Question
+    text: str
+    trace: PruningTrace | None
+    num_visual: int
+    new_tokens: int
+    first_token_seconds: float
+    seconds: float
+    batch_size: int
+
+    @property
+    def kept(self) -> int:
+        """Visual tokens left after selection; all of them where nothing was selected or removed."""
+        if self.trace is None or (self.trace.select_layer is None and self.trace.exit_layer is None):
+            return self.num_visual
+        return len(self.trace.kept_positions)
+
+
+def prepare(question: Question, checkpoint: Checkpoint) -> Prepared:
+    """Read the picture and build the prompt. What is wrong with this one question comes back as ``error``."""
+    try:
+        pictures = [checkpoint.read_picture(question.image)] if question.image is not None else []
+        prompt = checkpoint.encode([Turn(question.text, pictures)])
+    except UserError as error:
+        return Prepared(question, error=str(error))
+    pixels, size = (pictures[0].pixels.numpy(), pictures[0].image.size) if pictures else (None, None)
+    room = checkpoint.context_len - prompt.num_rows
+    return Prepared(question, prompt.ids[0].tolist(), pixels, size, prompt.num_visual, room)
+
+
+class _Questions(Dataset):
+    def __init__(self, questions: Sequence[Question], checkpoint: Checkpoint) -> None:
+        self.questions, self.checkpoint = questions, checkpoint
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> Prepared:
+        return prepare(self.questions[index], self.checkpoint)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def prepared_batches(
+    questions: Sequence[Question], checkpoint: Checkpoint, batch_size: int, num_workers: int
+) -> Iterator[list[Prepared]]:
+    """Batches in order, read and prepared by ``num_workers`` processes ahead of the model (0: in this one)."""
+    loader = DataLoader(
+        _Questions(questions, checkpoint),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=list,
+        worker_init_fn=_leave_signals_to_parent if num_workers else None,
+    )
+    return iter(loader)
+
+
+def default_workers() -> int:
+    """Processes that prepare questions: a core stays for the model, and more than four are seldom busy."""
+    return max(0, min(4, (os.cpu_count() or 1) - 1))
+
+
+class _FirstTokenClock(StoppingCriteria):
+    """Notes when the first token of a batch is there; never stops anything."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
+        if self.at is None:
+            _wait_for(input_ids.device)
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+class Responder:
+    """Asks a loaded model batches of prepared questions.
+
+    An answer depends on its question alone: not on the batch it is in, its padding, or its neighbours. Out of
+    memory, the batch is halved for good and asked again.
+
+    Args:
+        model, tokenizer: from ``load_pretrained_model``.
+        checkpoint: the same model without its weights.
+        config: prune with it; None: dense.
+        options: how answers are drawn.
+        batch_size: questions asked at once, to begin with.
+        seed: of sampling; a batch is drawn from it and its first question.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        checkpoint: Checkpoint,
+        config: PruningConfig | None,
+        options: GenerationOptions,
+        batch_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config, self.options, self.batch_size, self.seed = config, options, batch_size, seed
+        stop = conv_templates[checkpoint.conv_mode].stop_string
+        self._stop_string = stop if stop.strip() else ""
+        self._needs_stop = bool(self._stop_string) and self._stop_string != tokenizer.eos_token
+        ends = model.generation_config.eos_token_id
+        self._padding = model.generation_config.pad_token_id
+        self._ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+
+    def answer(self, batch: Sequence[Prepared]) -> list[Reply]:
+        """Answers in the batch's order. Raises the memory error only where a single question does not fit."""
+        replies: list[Reply] = []
+        while len(replies) < len(batch):
+            part = batch[len(replies) : len(replies) + self.batch_size]
+            answered = self._answer_or_none(part)
+            if answered is None:
+                clear_device_cache(garbage_collection=True)
+                self.batch_size = max(1, len(part) // 2)
+            else:
+                replies += answered
+        return replies
+
+    def _answer_or_none(self, batch: Sequence[Prepared]) -> list[Reply] | None:
+        """None if the batch does not fit into memory; a function of its own, so that its tensors are gone by then."""
+        try:
+            return self._answer(batch)
+        except RuntimeError as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+            return None
+
+    def _answer(self, batch: Sequence[Prepared]) -> list[Reply]:
+        device = self.model.device
+        prompts = [torch.tensor(item.ids) for item in batch]
+        ids = pad_sequence(prompts, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+        pixels = [torch.from_numpy(item.pixels) for item in batch if item.pixels is not None]
+        images: Any = pixels or None
+        if pixels and all(part.ndim == 3 for part in pixels):
+            images = torch.stack(pixels)
+        clock = _FirstTokenClock()
+        criteria: list[StoppingCriteria] = [clock]
+        if self._needs_stop:
+            criteria.append(KeywordsStoppingCriteria([self._stop_string], self.tokenizer))
+        if self.options.temperature > 0:
+            torch.manual_seed(self.seed + batch[0].question.line)
+        _wait_for(device)
+        begin = time.perf_counter()
+        new_ids = self.model.generate(
+            ids.to(device),
+            images=images,
+            image_sizes=[item.size for item in batch if item.size is not None] or None,
+            attention_mask=mask.to(device),
+            pruning_config=self.config,
+            max_new_tokens=self.options.max_new_tokens,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            **self.options.to_kwargs(),
+        )
+        _wait_for(device)
+        seconds = time.perf_counter() - begin
+        first = (clock.at or begin + seconds) - begin
+        traces: list[PruningTrace | None] = [None] * len(batch)
+        if self.config is not None:
+            traces = list(self.model.last_pruning_traces)
+        replies = []
+        for item, row, trace in zip(batch, new_ids.tolist(), traces, strict=True):
+            tokens = self._own_tokens(row, item.room)
+            reply = Reply(
+                question=item.question,
+                text=self._text(tokens),
+                trace=trace,
+                num_visual=item.num_visual,
+                new_tokens=len(tokens),
+                first_token_seconds=first,
+                seconds=seconds,
+                batch_size=len(batch),
+            )
+            replies.append(reply)
+        return replies
+
+    def _own_tokens(self, row: list[int], room: int) -> list[int]:
+        """A sample's tokens up to its end token: what follows is padding that its longer neighbours caused."""
+        end = next((index + 1 for index, token in enumerate(row) if token in self._ends), len(row))
+        while end and row[end - 1] == self._padding and self._padding not in self._ends:
+            end -= 1
+        return row[: min(end, room)]
+
+    def _text(self, tokens: list[int]) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if self._stop_string:
+            # Not only at the end: a batch goes on until its last sample stops.
+            text = text.split(self._stop_string)[0]
+        return text.strip()

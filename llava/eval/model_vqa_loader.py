@@ -1,0 +1,381 @@
+"""Ask a LLaVA model a benchmark's questions; nothing that was answered is ever asked twice or lost.
+
+``python -m llava.eval.model_vqa_loader --model-path … --question-file … --image-folder … --answers-file …``
+
+Answers are on disk as soon as their batch is done. The same command goes on where a killed run stopped. Started by
+``torchrun`` or ``accelerate launch``, every process takes its share of what is left, one GPU each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from llava.eval.answering import Reply, Responder, default_workers, prepared_batches
+from llava.eval.files import move_aside, sha256_of
+from llava.eval.launch import Launch
+from llava.eval.questions import Question, chunk, read_questions
+from llava.eval.run_files import (
+    ShardedFile,
+    answer_record,
+    check_answers,
+    check_identity,
+    line_of_answer,
+    line_of_trace,
+    model_fingerprint,
+    run_file_of,
+    write_identity,
+)
+from llava.model import checkpoint as checkpoints
+from llava.model.builder import check_device, default_device, load_pretrained_model, parse_dtype
+from llava.pruning import PruningConfig
+from llava.pruning.flops import DecoderShape, savings
+from llava.serve.chat import Checkpoint, GenerationOptions
+from llava.utils import UserError, run_main
+
+EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description="Answer a benchmark's question file with a LLaVA model, pruned or dense.")
+    parser.add_argument("--model-path", required=True, help="folder or hub id of the checkpoint")
+    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    parser.add_argument("--image-folder", required=True, help="folder that the question file's images are in")
+    parser.add_argument("--question-file", required=True, help="questions (jsonl)")
+    parser.add_argument("--answers-file", required=True, help="answers (jsonl) to write or to go on with")
+    parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own, else by its name)")
+    parser.add_argument("--num-chunks", type=int, default=1, help="split the questions by hand into this many parts")
+    parser.add_argument("--chunk-idx", type=int, default=0, help="and answer this one, from 0")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top_p", "--top-p", type=float, help="nucleus of sampling, with --temperature > 0")
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--pruning-config", help="JSON or @file; without it the model runs dense")
+    parser.add_argument("--batch-size", type=int, default=1, help="questions asked at once by each process")
+    parser.add_argument("--num-workers", type=int, help="processes that read pictures ahead, for each process")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the first of cuda, mps, cpu)")
+    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on cpu, else float16)")
+    parser.add_argument("--attn-implementation", help="sdpa (default), eager or flash_attention_2")
+    parser.add_argument("--limit", type=int, help="answer only the first so many questions")
+    parser.add_argument("--no-resume", action="store_true", help="move existing answers to *.bak-<time> and begin anew")
+    parser.add_argument("--trace-file", help="also write what was pruned, one line a question (jsonl)")
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a question that cannot be asked (unreadable image …) is listed at the end, after all others are "
+        "answered; the run then ends with code 1 (stop, default) or 0 (skip)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv)
+    launch = Launch.start()
+    stop = _StopRequest()
+    try:
+        status = _Run(args, launch).run(stop)
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+    if status == EXIT_INTERRUPTED:
+        if launch.is_main:
+            print(f"Interrupted. To go on:\n{_resume_command(argv, launch)}", file=sys.stderr)
+        return status
+    launch.end()
+    return status
+
+
+def _resume_command(argv: Sequence[str], launch: Launch) -> str:
+    again = [argument for argument in argv if argument != "--no-resume"]
+    program = [sys.executable, "-m", "llava.eval.model_vqa_loader"]
+    if launch.world_size > 1:
+        program = ["torchrun", f"--nproc-per-node={launch.world_size}", *program[1:]]
+    return shlex.join([*program, *again])
+
+
+class _StopRequest:
+    """While active, the first SIGINT or SIGTERM only asks to stop after this batch; the second one insists."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread: whoever runs us there handles signals
+                break
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("Stopping after this batch …", file=sys.stderr)
+
+
+class _Run:
+    """One run of the program in one process. Everything that can be wrong is found before weights are read."""
+
+    def __init__(self, args: argparse.Namespace, launch: Launch) -> None:
+        self.args, self.launch = args, launch
+        self.failures: list[tuple[Question, str]] = []
+        self.options = GenerationOptions(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+        for flag in ("batch_size", "limit"):
+            value = getattr(args, flag)
+            if value is not None and value < 1:
+                raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
+        if args.num_workers is not None and args.num_workers < 0:
+            raise UserError(f"--num-workers is {args.num_workers}; it must be 0 or more")
+        self.device = str(check_device(launch.device(args.device) or default_device()))
+        dtype = parse_dtype(args.dtype or ("float32" if self.device == "cpu" else "float16"))
+        self.dtype = str(dtype).removeprefix("torch.")
+        config = PruningConfig.from_any(args.pruning_config)
+        self.questions = read_questions(args.question_file, args.image_folder)
+        self.selected = chunk(self.questions, args.num_chunks, args.chunk_idx)[: args.limit]
+        self.checkpoint = Checkpoint(args.model_path, args.model_base, args.conv_mode)
+        self.config = None if config is None else self.checkpoint.pruning_config(config)
+        self.answers_file = Path(args.answers_file)
+        self.answers = ShardedFile(self.answers_file, line_of_answer)
+        self.traces = ShardedFile(Path(args.trace_file), line_of_trace) if args.trace_file else None
+        if self.traces and self.traces.path.resolve() == self.answers_file.resolve():
+            raise UserError(f"--trace-file and --answers-file are both {self.answers_file}")
+
+    # --- the run ---
+
+    def run(self, stop: _StopRequest) -> int:
+        """Answer what is not answered yet. Returns the exit status."""
+        done = self._begin()
+        pending = [question for question in self.selected if question.line not in done]
+        mine = pending[self.launch.rank :: self.launch.world_size]
+        self.launch.wait()  # every process has read what is done before one of them writes
+        if not pending:
+            self._end(asked=0, already=len(self.selected))
+            return 0
+        self._say(
+            f"{len(pending)} of {len(self.selected)} questions to answer"
+            + (f", {len(done)} are there already" if done else "")
+        )
+        answers = self.answers.open_part(self.launch.rank)
+        traces = self.traces.open_part(self.launch.rank) if self.traces else None
+        try:
+            status = self._answer(mine, len(pending), answers, traces, stop)
+        finally:
+            answers.close()
+            if traces:
+                traces.close()
+        if status == EXIT_INTERRUPTED:
+            return status
+        failures = [failure for part in self.launch.gather(self.failures) for failure in part]
+        self._end(asked=len(pending) - len(failures), already=len(self.selected) - len(pending))
+        return self._report(failures)
+
+    def _begin(self) -> set[int]:
+        """Check or write the run file, and return the lines that are answered."""
+        identity = self._identity()
+        run_file = run_file_of(self.answers_file)
+        if self.launch.is_main:
+            if self.args.no_resume:
+                self._move_aside([*self.answers.move_aside(), move_aside(run_file)])
+            has_begun = check_identity(run_file, identity)
+            if not has_begun and any(part.stat().st_size for part in self.answers.parts()):
+                raise UserError(
+                    f"{self.answers_file} exists and nothing beside it says what wrote it; give another "
+                    "--answers-file, or --no-resume to move it aside"
+                )
+            if self.traces and (not has_begun or self.args.no_resume):
+                self._move_aside(self.traces.move_aside())
+            if not has_begun:
+                write_identity(run_file, identity, self._about())
+        self.launch.wait()
+        if not self.launch.is_main and not check_identity(run_file, identity):
+            raise UserError(f"{run_file} was written by process 0 and is not here: the processes need a shared folder")
+        done = self.answers.read()
+        check_answers(done, self.questions, self.answers_file)
+        return set(done)
+
+    def _identity(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "question file": sha256_of(args.question_file),
+            "chunk": [args.chunk_idx, args.num_chunks],
+            "model": self._fingerprint(args.model_path),
+            "model base": self._fingerprint(args.model_base) if args.model_base else None,
+            "pruning config": self.config.to_dict() if self.config else None,
+            "conversation template": self.checkpoint.conv_mode,
+            "dtype": self.dtype,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "beams": args.num_beams,
+            "max_new_tokens": args.max_new_tokens,
+            "seed": args.seed if args.temperature > 0 else None,
+        }
+
+    @staticmethod
+    def _fingerprint(path: str) -> str:
+        # A hub id names its weights; reading them here would fetch them before the questions are checked.
+        folder = checkpoints.resolve_folder(path)
+        return model_fingerprint(folder) if Path(path).expanduser().is_dir() else f"{path}@{folder.name}"
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "model": str(self.args.model_path),
+            "question file": str(self.args.question_file),
+            "questions": len(self.questions),
+            "begun": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "device": self.device,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def _answer(self, mine: list[Question], pending: int, answers: Any, traces: Any, stop: _StopRequest) -> int:
+        if not mine:
+            return 0
+        args = self.args
+        tokenizer, model, _, _ = load_pretrained_model(
+            args.model_path,
+            args.model_base,
+            self.checkpoint.name,
+            device=self.device,
+            dtype=self.dtype,
+            attn_implementation=args.attn_implementation,
+        )
+        responder = Responder(
+            model, tokenizer, self.checkpoint, self.config, self.options, args.batch_size, seed=args.seed
+        )
+        shape = DecoderShape.of(model)
+        workers = default_workers() if args.num_workers is None else args.num_workers
+        progress = _Progress(len(mine), disable=not self.launch.is_main)
+        with stop, progress:
+            batches = prepared_batches(mine, self.checkpoint, args.batch_size, min(workers, len(mine)))
+            while not stop.asked:
+                try:
+                    batch = next(batches, None)
+                except RuntimeError:
+                    # A signal to the whole process group also ends the workers.
+                    if not stop.asked:
+                        raise
+                    break
+                if batch is None or stop.asked:
+                    break
+                self.failures += [(item.question, item.error) for item in batch if item.error]
+                askable = [item for item in batch if not item.error]
+                replies = responder.answer(askable) if askable else []
+                saved = [savings(reply.trace, shape) if reply.trace else {} for reply in replies]
+                if traces:
+                    traces.append(
+                        _trace_record(reply, flops) for reply, flops in zip(replies, saved, strict=True) if reply.trace
+                    )
+                answers.append(answer_record(reply.question, reply.text, self.checkpoint.name) for reply in replies)
+                progress.update(len(batch), replies, saved)
+        if responder.batch_size < args.batch_size:
+            print(
+                f"Out of memory: process {self.launch.rank} went on with batches of {responder.batch_size} instead of "
+                f"{args.batch_size}",
+                file=sys.stderr,
+            )
+        return EXIT_INTERRUPTED if stop.asked else 0
+
+    def _end(self, asked: int, already: int) -> None:
+        """Merge the parts, in one process, once all are done."""
+        self.launch.wait()
+        if self.launch.is_main:
+            parts = self.answers.parts()
+            if asked or len(parts) != 1:
+                # The answers last: their shards say that there is something to merge.
+                if self.traces and self.traces.parts():
+                    self.traces.merge()
+                self.answers.merge()
+                self._say(f"{asked + already} of {len(self.selected)} answers in {self.answers_file}")
+            else:
+                self._say(f"Nothing to do: all {already} answers are in {self.answers_file}")
+        self.launch.wait()
+
+    def _report(self, failures: list[tuple[Question, str]]) -> int:
+        if not failures:
+            return 0
+        failures.sort(key=lambda failure: failure[0].line)
+        if self.launch.is_main:
+            print(f"{len(failures)} questions could not be asked and have no answer:", file=sys.stderr)
+            for question, error in failures:
+                print(f"  line {question.line + 1} ({question.question_id}): {error}", file=sys.stderr)
+            print("Repair them and start again: only they will be asked.", file=sys.stderr)
+        return 0 if self.args.on_error == "skip" else EXIT_INCOMPLETE
+
+    def _move_aside(self, moved: Sequence[Path | None]) -> None:
+        for path in moved:
+            if path is not None:
+                self._say(f"Moved aside: {path}")
+
+    def _say(self, text: str) -> None:
+        if self.launch.is_main:
+            print(text, flush=True)
+
+
+def _trace_record(reply: Reply, flops_saved: dict[str, float]) -> dict[str, Any]:
+    assert reply.trace is not None
+    return {
+        "line": reply.question.line,
+        "question_id": reply.question.question_id,
+        "visual_tokens": reply.num_visual,
+        "kept": reply.kept,
+        "flops_saved": flops_saved,
+        **reply.trace.to_dict(),
+    }
+
+
+class _Progress:
+    """Questions done, per second and left, with running means of what was kept and saved."""
+
+    def __init__(self, total: int, disable: bool) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 30
+        self._bar = tqdm(total=total, unit="q", disable=disable, mininterval=interval, dynamic_ncols=True)
+        self._count = 0
+        self._kept = self._saved = 0.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.close()
+
+    def update(self, done: int, replies: Sequence[Reply], saved: Sequence[dict[str, float]]) -> None:
+        """Count a batch."""
+        for reply, flops in zip(replies, saved, strict=True):
+            if reply.trace is not None:
+                self._count += 1
+                self._kept += reply.kept
+                self._saved += flops["executed"]
+        if self._count:
+            kept, share = self._kept / self._count, self._saved / self._count
+            self._bar.set_postfix_str(f"kept {kept:.1f} tokens, saved {share:.1%} FLOPs", refresh=False)
+        self._bar.update(done)
+
+
+if __name__ == "__main__":
+    run_main(main)
