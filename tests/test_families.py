@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from functools import cache
 
@@ -131,9 +132,9 @@ def test_pruned_generation_equals_a_full_length_run_that_hides_the_pruned_rows(n
 @pytest.mark.parametrize("mode", [["middle", "deep"], ["shallow", "middle", "deep"]], ids=["middle and deep", "all"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_three_beams_of_a_padded_batch(name, mode) -> None:
-    prompts = "padded batch of three"
-    model, inputs = family_model(name), inputs_for(name, prompts)
-    config = config_for(name, prompts, mode, "first")
+    # One image a prompt: older versions of transformers give beams with several the wrong ones in some families.
+    model, inputs = family_model(name), FAMILIES[name].inputs(ONE_IMAGE, (3, "image", 8), NO_IMAGE)
+    config = config_for(name, "one image", mode, "first")
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "do_sample": False}
     with prune(model, config) as run:
         pruned = model.generate(**inputs, **beams)
@@ -250,13 +251,14 @@ def test_executed_flops_agree_with_torchs_counter(name, mode, sink) -> None:
             FlopCounterMode(display=False, custom_mapping=counter_mapping()) as counter,
         ):
             model(**inputs, logits_to_keep=1)
-        by_module = {path: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
-        decoder, head = (
-            next(count for path, count in by_module.items() if path.count(".") == depth and path.endswith(names))
-            for depth, names in ((2, ("language_model", "text_model")), (1, ("lm_head",)))
+        # Layers and head; some versions of transformers compute the rotary angles by a matrix product of their own.
+        decoder = sum(
+            sum(operations.values())
+            for path, operations in counter.get_flop_counts().items()
+            if re.search(r"(language_model|text_model)\.layers\.\d+$|\.lm_head$", path)
         )
         (trace,) = run.traces
-        assert executed_flops(trace, shape) == decoder + head
+        assert executed_flops(trace, shape) == decoder
         counted.append(decoder)
     if sink is None:  # on models this small, the shallow stage's extra calls cost more than pruning saves
         assert counted[1] < counted[0]

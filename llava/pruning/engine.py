@@ -222,22 +222,26 @@ class PruningRun:
         num_layers = len(self._adapter.layers)
         num_drafts = self._logits_to_keep - 1 if self._assisted else 0
         num_visual = int(visual.sum())
-        rows_per_image = num_visual // self._num_images if self._num_images else num_visual
-        samples = []
-        for mask, pad in zip(visual, padding, strict=True):
+        # Without a count, a stretch of visual rows is one image.
+        rows_per_image = num_visual // self._num_images if self._num_images else 0
+        samples: list[Sample] = []
+        for number, (mask, pad) in enumerate(zip(visual, padding, strict=True)):
             rows = Rows.of_prompt(mask[pad:], num_drafts)
             trace = PruningTrace(
                 num_rows=rows.num_prompt,
                 visual_positions=rows.positions.tolist(),
                 image_spans=[
-                    (start, min(start + rows_per_image, stop))
+                    (start, min(start + (rows_per_image or stop - first), stop))
                     for first, stop in rows.runs
-                    for start in range(first, stop, rows_per_image)
+                    for start in range(first, stop, rows_per_image or stop - first)
                 ],
                 score_pairs=[0] * num_layers,
                 value_pairs=[0] * num_layers,
             )
-            samples.append(Sample(rows, self._policy_for(rows, num_layers), trace))
+            copy = number % self._expand_size
+            original = samples[number - copy] if copy else None
+            policy = original.policy if original else self._policy_for(rows, num_layers)
+            samples.append(Sample(rows, policy, trace, original=original))
         self.traces = [sample.trace for sample in samples[:: self._expand_size]]
         self._awaits_head = True
         state = Prefill(samples, padding, cache, self._adapter.first_layer)

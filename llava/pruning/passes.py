@@ -26,13 +26,19 @@ from .trace import PruningTrace
 
 @dataclass
 class Sample:
-    """One prompt on its way through the layers."""
+    """One prompt on its way through the layers.
+
+    Attributes:
+        original: for a copy of a prompt (a beam), the first of its copies. It alone is measured and decides: beams
+            take over each other's cache, so they must never differ, not even by rounding.
+    """
 
     rows: Rows
     policy: Policy
     trace: PruningTrace
     decision: Decision | None = None
     probe: ProbeTensors | None = None
+    original: Sample | None = None
 
 
 @dataclass
@@ -132,7 +138,9 @@ class Prefill:
                 measures[number] = Probe(*part)
         for number, sample in enumerate(self.samples):
             sample.probe = None
-            if len(sample.rows.visual):
+            if sample.original is not None:
+                sample.decision = sample.original.decision
+            elif len(sample.rows.visual):
                 self._decide(sample, layer, measures.get(number))
 
     def _decide(self, sample: Sample, layer: int, probe: Probe | None) -> None:
@@ -175,7 +183,7 @@ class Prefill:
             own = query[0, :, segment], keys[0, :, segment], values[0, :, segment]
             reading = sample.policy.reading(layer) if len(rows.visual) else Reading.ALL
             output = attend_prompt(*own, scale, rows, reading, tally)
-            if len(rows.visual) and sample.policy.needs_probe(layer):
+            if len(rows.visual) and sample.original is None and sample.policy.needs_probe(layer):
                 sample.probe = self._probe(rows, *own, output, scale, tally)
             sample.trace.score_pairs[layer] += tally.scores
             sample.trace.value_pairs[layer] += tally.values
