@@ -261,6 +261,9 @@ def test_a_one_shot_needs_question_and_picture(capsys, folder, picture, monkeypa
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     code, _, err = run(capsys, "--model-path", folder, "--image-file", picture)
     assert code == 2 and "the question is empty" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    code, _, err = run(capsys, "--model-path", folder, "--image-file", picture)
+    assert code == 2 and "not utf-8 text" in err
 
 
 def test_the_published_config_is_the_default_and_must_fit(capsys, tmp_path, picture):

@@ -124,7 +124,10 @@ def _one_shot_question(args: argparse.Namespace) -> str | None:
     """The question of a one-shot run; None for a chat."""
     question = args.question
     if question is None and not sys.stdin.isatty():
-        question = sys.stdin.read()
+        try:
+            question = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"the question on standard input is not {error.encoding} text") from error
     if question is None:
         if args.json:
             raise UserError("--json prints one answer: give --question TEXT, or a question through a pipe")
@@ -306,6 +309,9 @@ class Chat:
             except KeyboardInterrupt:
                 print("  (Ctrl-D or /quit leaves)", end="")
                 continue
+            except UnicodeDecodeError as error:
+                _report(UserError(f"this line is not {error.encoding} text"), self.debug)
+                continue
             except EOFError:
                 print()
                 break
@@ -408,7 +414,7 @@ class Chat:
             with suppress(OSError):
                 beside.unlink()
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        print(clean_text(f"wrote {path}: {len(self.session.turns)} questions and answers"))
+        print(clean_text(f"wrote {path} (turns: {len(self.session.turns)})"))
 
     def _reset(self, argument: str) -> None:
         self.session.reset()
