@@ -1,0 +1,1 @@
+"""LLaVA models with training-free pruning of their visual tokens (VisiPruner)."""

@@ -233,7 +233,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     ``image_grid_pinpoints`` plus the whole picture. Anything else: resized and cropped by the processor.
 
     Args:
-        images: RGB pictures.
+        images: pictures; other modes than RGB are converted.
         image_processor: a CLIP image processor.
         model_cfg: the model's config.
 
@@ -241,6 +241,7 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
         Float ``[n, 3, S, S]``; with anyres pictures of different grids a list of ``[1 + tiles, 3, S, S]``, of
         equal grids ``[n, 1 + tiles, 3, S, S]``.
     """
+    images = [image.convert("RGB") for image in images]
     aspect = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect == "pad":
         background = tuple(int(channel * 255) for channel in image_processor.image_mean)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import (
     ANYRES,
     DECODER,
@@ -190,6 +191,75 @@ def test_lora_on_a_base_is_base_plus_scaled_product(tmp_path, extra_tokens):
     assert loaded.config.vocab_size == VOCAB + extra_tokens
     with pytest.raises(UserError, match="--model-base"):
         load(folder)
+
+    adapter = load_file(folder / "adapter_model.safetensors")
+    first = next(name for name in adapter if "lora_A" in name)
+    save_file({k: v for k, v in adapter.items() if k != first}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"lacks {re.escape(first)}$"):
+        load(folder, base)
+    moved = {k.replace("layers.2", "layers.7"): v for k, v in adapter.items()}
+    save_file(moved, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"not for this base model: .*layers\.7"):
+        load(folder, base)
+    for file, message in (("adapter_model.safetensors", "adapter_model"), ("non_lora_trainables.bin", "non_lora")):
+        (folder / file).unlink()
+        with pytest.raises(UserError, match=message):
+            load(folder, base)
+
+
+# --- from the hub ---
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder: ``snapshot_download`` copies what its patterns name; the list says which files it gave."""
+    fetched: list[str] = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        source, cache = tmp_path / "hub" / repo_id, tmp_path / "cache" / repo_id
+        if not source.is_dir():
+            raise FileNotFoundError(repo_id)
+        cache.mkdir(parents=True, exist_ok=True)
+        for file in sorted(source.iterdir()):
+            if any(file.match(pattern) for pattern in allow_patterns) and not (cache / file.name).exists():
+                shutil.copy(file, cache)
+                fetched.append(file.name)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return fetched
+
+
+@pytest.mark.parametrize(("form", "shards"), [("safetensors", 1), ("safetensors", 2), ("bin", 1), ("bin", 2)])
+def test_a_hub_id_fetches_one_form_of_the_weights(tmp_path, hub, form, shards):
+    model = tiny_model()
+    folder = write_original(tmp_path / "hub" / "someone" / "llava", model, form, shards)
+    if form == "safetensors":
+        torch.save({}, folder / "pytorch_model.bin")
+    (folder / "training_args.bin").write_bytes(b"not for us")
+    tokenizer, loaded, image_processor = load("someone/llava")
+    assert torch.equal(answer(tokenizer, loaded, image_processor), answer(tokenizer, model, image_processor))
+    assert "training_args.bin" not in hub
+    assert all(file.endswith(form) for file in hub if not file.endswith(".json"))
+
+
+def test_nothing_big_is_fetched_of_a_model_that_is_no_llava(tmp_path, hub):
+    folder = write_original(tmp_path / "hub" / "someone" / "mpt", tiny_model(), model_type="mpt")
+    with pytest.raises(UserError, match="'mpt'"):
+        load("someone/mpt")
+    assert (folder / "model.safetensors").exists() and "model.safetensors" not in hub
+
+
+def test_a_tower_on_the_hub_is_fetched_and_its_absence_named(tmp_path, hub):
+    model = tiny_model()
+    folder = write_original(tmp_path / "llava", model, vision_config=None, mm_vision_tower="openai/some-clip")
+    write_weights(folder, {k: v for k, v in model.state_dict().items() if "vision_tower" not in k})
+    edit_config(folder, vision_config=VISION)
+    with pytest.raises(UserError, match="'openai/some-clip'"):
+        load(folder)
+    write_tower(tmp_path / "hub" / "openai" / "some-clip", model)
+    tokenizer, loaded, image_processor = load(folder)
+    assert torch.equal(answer(tokenizer, loaded, image_processor), answer(tokenizer, model, image_processor))
 
 
 # --- options ---
@@ -430,6 +500,10 @@ BROKEN = {
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot read the tokenizer"),
+    "tower of another kind": (
+        lambda f: edit_config(f, vision_config={"model_type": "siglip_vision_model"}),
+        "'siglip_vision_model' is not supported",
+    ),
     "tower nowhere": (
         lambda f: edit_config(f, vision_config=None, mm_vision_tower="/nowhere/clip"),
         "/nowhere/clip",

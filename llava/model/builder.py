@@ -95,6 +95,8 @@ def load_pretrained_model(
         skeleton = cls(source.config)
     tied = frozenset({"lm_head.weight"} if source.config.tie_word_embeddings else ())
     checkpoint.check_weights(skeleton, source.weights, tied, str(model_path))
+    if source.adapter_folder is not None:
+        _check_adapter(skeleton, source.adapter_folder)
     with _progress(checkpoint.size_in_bytes(source.weights) >= _PROGRESS_FROM):
         model: Any = cls.from_pretrained(
             None,
@@ -460,16 +462,30 @@ def _set_generation_config(model: Any, folder: Path, tokenizer: Any) -> None:
 def _merge_adapter(model: Any, folder: Path) -> Any:
     """The model with its LoRA adapter merged in."""
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise UserError("LoRA adapters need the extra 'peft': pip install 'llava-visipruner[peft]'") from error
-    names = _adapter_names(folder)
+    names = set(_adapter_names(folder))
     config = PeftConfig.from_pretrained(str(folder))
     if not any("vision_tower" in key for key in names) and config.exclude_modules is None:
         # Target names such as q_proj also fit CLIP's layers, which LLaVA's adapters never cover.
         config.exclude_modules = r".*\b(vision_tower|mm_projector)\b.*"
     wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
+    if lacking := sorted(get_peft_model_state_dict(wrapped).keys() - names):
+        raise UserError(f"the adapter in {folder} lacks {checkpoint.name_some(lacking)}")
     return wrapped.merge_and_unload()
+
+
+def _check_adapter(skeleton: torch.nn.Module, folder: Path) -> None:
+    """Every weight of the adapter has a layer of the model to go to."""
+    layers = {name for name, _ in skeleton.named_modules()}
+    strangers = [
+        name
+        for name in _adapter_names(folder)
+        if name.removeprefix("base_model.model.").split(".lora_")[0] not in layers and ".lora_" in name
+    ]
+    if strangers:
+        raise UserError(f"the adapter in {folder} is not for this base model: {checkpoint.name_some(strangers)}")
 
 
 def _adapter_names(folder: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""Thin classes on transformers' own decoders."""

@@ -46,22 +46,28 @@ def vision_config_of(config: Any) -> CLIPVisionConfig:
     if isinstance(given, CLIPVisionConfig):
         return given
     if given:
-        kind = given.get("model_type", CLIPVisionConfig.model_type)
-        if kind not in (CLIPVisionConfig.model_type, "clip"):
-            raise UserError(f"vision tower of type {kind!r} is not supported; only CLIP towers are")
-        return CLIPVisionConfig(**{key: value for key, value in given.items() if key != "model_type"})
+        return _clip_config(given)
     name = tower_name(config)
     if name is None:
         raise UserError("the config names no vision tower (neither vision_config nor mm_vision_tower)")
     if name in KNOWN_TOWERS and not Path(name).is_dir():
         return CLIPVisionConfig(**KNOWN_TOWERS[name])
     try:
-        return CLIPVisionConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return _clip_config(CLIPVisionConfig.get_config_dict(name)[0])
+    except (OSError, KeyError) as error:
         raise UserError(
             f"cannot read the config of vision tower {name!r}; give a CLIP folder that exists here as "
             "mm_vision_tower in config.json, or connect to the hub"
         ) from error
+
+
+def _clip_config(values: dict[str, Any]) -> CLIPVisionConfig:
+    """From the config of a tower, or of a whole CLIP with its text side."""
+    kind = values.get("model_type", CLIPVisionConfig.model_type)
+    if kind not in (CLIPVisionConfig.model_type, "clip"):
+        raise UserError(f"vision tower of type {kind!r} is not supported; only CLIP towers are")
+    vision = values.get("vision_config", values) if kind == "clip" else values
+    return CLIPVisionConfig(**{key: value for key, value in vision.items() if key not in ("model_type", "dtype")})
 
 
 def build_vision_tower(config: Any) -> CLIPVisionTower:
