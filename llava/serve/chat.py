@@ -449,8 +449,12 @@ class _Streamer(TextStreamer):
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text = on_text
+        self._has_begun = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self._has_begun:
+            text = text.lstrip()  # the space between the prompt's last word and the answer
+            self._has_begun = bool(text)
         if text:
             self._on_text(text)
 
