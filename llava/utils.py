@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import torch
-
 
 class UserError(ValueError):
     """Bad input from the person at the keyboard: one clear line that names the value and the remedy.
@@ -16,13 +14,11 @@ class UserError(ValueError):
 
 
 def disable_torch_init() -> None:
-    """Make ``nn.Linear`` and ``nn.LayerNorm`` skip their random initialisation, which loading overwrites anyway.
+    """Does nothing, for LLaVA scripts that call it before they load.
 
-    :func:`llava.model.builder.load_pretrained_model` does not need it (it builds on the meta device); LLaVA
-    scripts call it before they load.
+    There it replaced ``reset_parameters`` of torch's layers for the whole process, to save time. Here
+    :func:`llava.model.builder.load_pretrained_model` builds on the meta device, so that nothing is initialised twice.
     """
-    for layer in (torch.nn.Linear, torch.nn.LayerNorm):
-        layer.reset_parameters = lambda self: None  # type: ignore[assignment, method-assign]
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -25,6 +25,7 @@ from tiny_checkpoints import (
     write_tower,
     write_weights,
 )
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -126,6 +127,37 @@ def test_a_projector_beside_the_weights_is_taken_where_they_lack_it(tmp_path):
     torch.save({k: v for k, v in state.items() if "mm_projector" in k}, folder / "mm_projector.bin")
     tokenizer, loaded, image_processor = load(folder)
     assert torch.equal(answer(tokenizer, loaded, image_processor), answer(tokenizer, model, image_processor))
+
+
+@pytest.mark.parametrize("mistral", [False, True], ids=["llama", "mistral"])
+def test_hf_checkpoints_answer_as_transformers_own_llava(tmp_path, mistral):
+    folder = write_hf(tmp_path / "hf", tiny_model(tiny_config(mistral)), extra_vocab=3)
+    tokenizer, model, image_processor = load(folder)
+    reference = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    pixels = process_images([picture(), picture().rotate(180)], image_processor, model.config)
+    ids = tokenizer_image_token("USER: <image> what <image> is", tokenizer, return_tensors="pt")
+    per_image = model.get_vision_tower().num_patches
+    expanded = [i for index in ids.tolist() for i in ([VOCAB] * per_image if index < 0 else [index])]
+    with torch.inference_mode():
+        expected = reference(input_ids=torch.tensor([expanded]), pixel_values=pixels).logits
+        torch.testing.assert_close(model(ids[None], images=pixels).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (60, 60), (57, 41), (200, 33)])
+def test_hf_anyres_checkpoints_answer_as_transformers_own_llava_next(tmp_path, size):
+    folder = write_hf(tmp_path / "hf", tiny_model(tiny_config(**ANYRES)), extra_vocab=3)
+    tokenizer, model, image_processor = load(folder)
+    reference = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
+    tiles = process_images([picture().resize(size)], image_processor, model.config)
+    ids = tokenizer_image_token(PROMPT, tokenizer, return_tensors="pt")
+    num_rows = len(model.image_rows(tiles, [size])[0])
+    expanded = [i for index in ids.tolist() for i in ([VOCAB] * num_rows if index < 0 else [index])]
+    with torch.inference_mode():
+        expected = reference(
+            input_ids=torch.tensor([expanded]), pixel_values=tiles, image_sizes=torch.tensor([size[::-1]])
+        ).logits
+        ours = model(ids[None], images=tiles, image_sizes=[size]).logits
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 def base_of(folder: Path, model) -> Path:
