@@ -165,10 +165,12 @@ class Recorder(Policy):
 
 
 def between(values) -> float:
-    """A number halfway between the two middle ones."""
+    """A number in the widest gap of the middle third, so that rounding moves nothing across it."""
     ordered = sorted(float(value) for value in values)
-    middle = len(ordered) // 2
-    return (ordered[middle - 1] + ordered[middle]) / 2
+    third = len(ordered) // 3
+    gaps = list(zip(ordered, ordered[1:], strict=False))[third : len(ordered) - third]
+    low, high = max(gaps, key=lambda gap: gap[1] - gap[0])
+    return (low + high) / 2
 
 
 def thresholds_for(model: nn.Module, inputs: dict, shallow_mid_layer: int, sink: str | None) -> dict[str, float]:
@@ -188,7 +190,7 @@ def thresholds_for(model: nn.Module, inputs: dict, shallow_mid_layer: int, sink:
     smallest = {layer: float(cosine.min()) for layer, (cosine, _) in probes.items()}
     first, second = shallow_mid_layer + 1, shallow_mid_layer + 2
     # Select in the second eligible layer where the numbers allow it, else in the first.
-    select = second if smallest[second] < smallest[first] else first
+    select = second if smallest[first] - smallest[second] > 1e-3 else first
     layer_threshold = (smallest[first] + smallest[second]) / 2 if select == second else (smallest[first] + 1) / 2
     tokens_threshold = between(probes[select][1])
 
