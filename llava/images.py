@@ -99,9 +99,7 @@ def _decode(file, name: str, max_pixels: int) -> Image.Image:
             f"cannot read image {name!r}: damaged, or in none of the formats {', '.join(formats)}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise ImageError(
-            f"image {name!r} is over the limit of {max_pixels:,} pixels; make it smaller"
-        ) from error
+        raise ImageError(f"image {name!r} is over the limit of {max_pixels:,} pixels; make it smaller") from error
     except Exception as error:  # decoders fail in many ways on damaged headers
         raise ImageError(f"cannot read image {name!r}: {error}") from error
 
@@ -112,15 +110,11 @@ def _decode(file, name: str, max_pixels: int) -> Image.Image:
             f"{max_pixels:,}: make it smaller"
         )
     if max(width, height) > MAX_SIDE:
-        raise ImageError(
-            f"image {name!r} is {width} × {height}; a side may have {MAX_SIDE:,} pixels: make it smaller"
-        )
+        raise ImageError(f"image {name!r} is {width} × {height}; a side may have {MAX_SIDE:,} pixels: make it smaller")
     try:
         image.load()
         return _to_rgb(_upright(image), image.format)
-    except (
-        Exception
-    ) as error:  # the same for damaged bodies: truncated, bad checksum, unknown colour space, …
+    except Exception as error:  # the same for damaged bodies: truncated, bad checksum, unknown colour space, …
         raise ImageError(f"cannot read image {name!r}: {error} (damaged or incomplete file?)") from error
 
 
@@ -157,9 +151,7 @@ def _download(url: str, max_bytes: int, timeout: float) -> bytes:
     # is up the caller goes on and the connection is closed under the thread.
     _check_scheme(url, url)
     outcome: list[bytes | Exception] = []
-    client = httpx.Client(
-        timeout=timeout, headers={"Accept-Encoding": "identity", "User-Agent": "llava-visipruner"}
-    )
+    client = httpx.Client(timeout=timeout, headers={"Accept-Encoding": "identity", "User-Agent": "llava-visipruner"})
 
     def work() -> None:
         try:

@@ -31,9 +31,7 @@ def png_header_only(width: int, height: int) -> bytes:
     """A PNG that declares a size and has no pixels."""
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
 
 
 # --- kinds of pictures
@@ -158,9 +156,7 @@ def test_truncated_files_are_refused(tmp_path, extension, part):
 
 
 def test_a_damaged_body_is_refused(tmp_path):
-    data = bytearray(
-        png(Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
-    )
+    data = bytearray(png(Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))))
     data[len(data) // 2] ^= 0xFF
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(ImageError, match="damaged"):
@@ -286,9 +282,7 @@ def test_redirects_are_followed_a_few_times(server):
         load_image(f"{server}/loop")
 
 
-@pytest.mark.parametrize(
-    "url", ["ftp://127.0.0.1/a.png", "file:///etc/passwd", "FILE://localhost/etc/passwd"]
-)
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/a.png", "file:///etc/passwd", "FILE://localhost/etc/passwd"])
 def test_only_http_and_https(server, url):
     with pytest.raises(ImageError, match="only http and https"):
         load_image(url)
