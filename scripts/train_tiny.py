@@ -1,7 +1,7 @@
 """Train the model that ships with the project, from nothing, and write it as a LLaVA checkpoint.
 
 python scripts/train_tiny.py                       # the whole curriculum, then llava/assets/tiny_llava
-python scripts/train_tiny.py --curriculum smoke --out /tmp/smoke
+python scripts/train_tiny.py --smoke --out /tmp/smoke
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curriculum", choices=sorted(CURRICULA), default="full")
+    parser.add_argument("--smoke", action="store_true", help="a run of a minute that learns a little of easy-VQA")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of checkpoint and log; resumes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread that share every batch")
@@ -33,9 +34,11 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write the checkpoint in --out here as a LLaVA folder; no training")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile (needs a C++ compiler)")
     arguments = parser.parse_args()
+    if arguments.smoke:
+        arguments.curriculum, arguments.no_compile = "smoke", True
     if arguments.export:
         run = Run(arguments.out, CURRICULA[arguments.curriculum], arguments.seed)
-        export(run.learner, run.tokenizer, arguments.export)
+        export(run.averaged.module, run.tokenizer, arguments.export)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -5,18 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
 from llava.constants import SHIPPED_MODEL_PATH
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningTrace, prune
+from llava.pruning.flops import DecoderShape, savings
 from llava.pruning.policy import PolicyFactory
-from PIL import Image
 
-from .data import SIDE_BY_SIDE, phrase
+from .data import SIDE_BY_SIDE, Encoder, phrase
 from .easyvqa import easy_by_image, easy_picture
+from .evaluate import interval
+from .model import Learner
 from .questions import write_questions
 from .renderer import make_scene, render
 from .tokenizer import prompt
@@ -102,3 +109,55 @@ def score(samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, tuple[
         right[0] += answer == sample.answer
         right[1] += 1
     return {task: (right, count) for task, (right, count) in sorted(counts.items())}
+
+
+def figure(right: int, count: int) -> dict[str, Any]:
+    """One accuracy as every table of the project writes it."""
+    low, high = interval(right, count)
+    return {
+        "accuracy": round(100 * right / count, 2),
+        "interval95": [round(100 * low, 2), round(100 * high, 2)],
+        "correct": right,
+        "n": count,
+    }
+
+
+def figures(results: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Every task's accuracy, and over all questions."""
+    total = sum(right for right, _ in results.values()), sum(count for _, count in results.values())
+    return {"overall": figure(*total)} | {task: figure(*result) for task, result in results.items()}
+
+
+def learner_of(path: str | Path) -> tuple[Learner, Encoder]:
+    """The exported weights where training's packed forward pass can run them (many questions a picture at once)."""
+    encoder = Encoder(PreTrainedTokenizerFast.from_pretrained(path))
+    learner = Learner(len(encoder.tokenizer)).eval()
+    weights = load_file(Path(path) / "model.safetensors")
+    learner.llava.load_state_dict({name: value.float() for name, value in weights.items()})
+    return learner, encoder
+
+
+def mean_savings(traces: Sequence[PruningTrace], model: Any) -> dict[str, float]:
+    """Share of prefill FLOPs saved by every convention, mean over the prompts."""
+    shape = DecoderShape.of(model)
+    each = [savings(trace, shape) for trace in traces]
+    return {name: round(sum(one[name] for one in each) / len(each), 4) for name in each[0]}
+
+
+def pruned_figures(shipped: Shipped, samples: Sequence[Sample], **how: Any) -> dict[str, Any]:
+    """Accuracy, mean savings, kept tokens and layers of one way to prune."""
+    answers, traces = shipped.answer(samples, **how)
+    selected = [trace for trace in traces if trace.select_layer is not None]
+    exited = [trace for trace in traces if trace.exit_layer is not None]
+    return {
+        "accuracy": figures(score(samples, answers)),
+        "saved": mean_savings(traces, shipped.model),
+        "selected": len(selected) / len(traces),
+        "mean_kept": _mean([len(trace.kept_positions) for trace in selected]),
+        "mean_select_layer": _mean([trace.select_layer for trace in selected]),
+        "mean_exit_layer": _mean([trace.exit_layer for trace in exited]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 2) if values else None

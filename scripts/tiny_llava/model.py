@@ -128,6 +128,7 @@ class Learner(nn.Module):
 
     def compile(self) -> None:
         """Compile every layer (alike, so each kind once); anything that is called on the modules stays the same."""
+        torch._dynamo.config.recompile_limit = 64  # shapes and frozen parts differ from stage to stage
         tower = self.llava.get_vision_tower().vision_tower.vision_model
         for layer in (*tower.encoder.layers, *self.llava.model.layers):
             layer.compile(dynamic=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .data import Batch, Encoder, easy_batches, held_out_batch, picture_batch, word_batch
 from .evaluate import evaluate, logits_of, summary
@@ -19,6 +20,7 @@ from .model import Learner, answer_loss, patch_loss
 from .tokenizer import build_tokenizer
 
 PATCH_LOSS_WEIGHT = 0.3
+AVERAGING = 0.98  # of the averaged weights, what stays at every step
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,13 @@ CURRICULA: dict[str, tuple[Stage, ...]] = {
         Stage("tower", 320, 64, 3e-3),
         Stage("language", 240, 32, 3e-3, decay=0.4),
         Stage("align", 40, 32, 3e-3, decay=0.3),
-        Stage("joint", 1600, 32, 3e-3, decay=0.65),
+        Stage("joint", 1200, 32, 3e-3, decay=0.7),
     ),
     "scratch": (
         Stage("tower", 320, 64, 3e-3),
         Stage("joint", 300, 32, 3e-3, decay=0.3),
     ),
-    "smoke": (Stage("tower", 30, 16, 3e-3), Stage("joint", 40, 8, 3e-3, easy=1.0)),
+    "smoke": (Stage("tower", 40, 16, 3e-3, easy=1.0), Stage("joint", 60, 8, 3e-3, easy=1.0)),
 }
 
 
@@ -76,12 +78,18 @@ class Run:
         self.encoder = Encoder(self.tokenizer)
         self.learner = Learner(len(self.tokenizer)).to(self.device)
         self.before = torch.tensor(self.encoder.before, device=self.device)
+        self.averaged = self._average_of()
         if fast:
             self.learner.compile()
+            self.averaged.module.compile()
         self.stage = self.step = 0
         self.seconds = 0.0
         self.began = time.monotonic()
         self.resumed = self._resume()
+
+    def _average_of(self) -> AveragedModel:
+        """The weights averaged over the last steps: what is measured and exported, at any learning rate."""
+        return AveragedModel(self.learner, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING)).requires_grad_(False)
 
     # --- what is written down ---
 
@@ -109,6 +117,7 @@ class Run:
             return
         state = {
             "weights": self.learner.state_dict(),
+            "averaged": self.averaged.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "stage": self.stage,
             "step": self.step,
@@ -123,6 +132,7 @@ class Run:
             return None
         state = torch.load(self._checkpoint, map_location=self.device, weights_only=True)
         self.learner.load_state_dict(state["weights"])
+        self.averaged.load_state_dict(state["averaged"])
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         return state["optimizers"] if self.step else None
 
@@ -201,7 +211,7 @@ class Run:
             gradient.copy_(mean.view_as(gradient))
 
     def _run_stage(self, stage: Stage, every: float) -> None:
-        self.log(stage=self.stage, **asdict(stage), threads=torch.get_num_threads())
+        self.log(stage=self.stage, **asdict(stage), workers=self.workers, threads=torch.get_num_threads())
         optimizers = self._optimizers(stage)
         if self.resumed:
             for optimizer, state in zip(optimizers, self.resumed, strict=True):
@@ -225,6 +235,7 @@ class Run:
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            self.averaged.update_parameters(self.learner)
             self.step += 1
             for name, value in parts.items():
                 seen.setdefault(name, []).append(value)
@@ -241,8 +252,9 @@ class Run:
     def report(self, batches: int, measure: Callable[..., dict[str, tuple[int, int]]] = evaluate) -> dict:
         """Held-out accuracy so far, to the log: `batches` × 32 rendered pictures and part of easy-VQA's test."""
         drawn = (held_out_batch(self.encoder, 32 * k, 32) for k in range(batches))
-        results = measure(self.learner, self.before, drawn)
+        learner = self.averaged.module
+        results = measure(learner, self.before, drawn)
         easy = easy_batches(self.encoder, "test", 32, limit=32 * batches)
-        results |= measure(self.learner, self.before, easy)
+        results |= measure(learner, self.before, easy)
         self.log(step=self.step, accuracy=summary(results))
         return results
