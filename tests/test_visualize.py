@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoints import ANYRES, PATCHES_PER_SIDE, TILE, VOCAB, tiny_config, tiny_model, write_original
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny_checkpoints import ANYRES, PATCHES_PER_SIDE, TILE, tiny_config, tiny_model
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from visual_helpers import LAYERS, word_tokenizer, write_checkpoint
 
 from llava.mm_utils import process_images
 from llava.pruning import prune
 from llava.pruning.policy import Reading
-from llava.serve.chat import ChatModel, Checkpoint
+from llava.serve.chat import ChatModel, Checkpoint, GenerationOptions, Turn
 from llava.utils import UserError
 from llava.visualize import (
     attention_shares,
@@ -32,7 +31,7 @@ from llava.visualize import (
     value_output_lens,
 )
 
-LAYERS, PREFIX, VISUAL, TEXT = 6, 3, 9, 5
+PREFIX, VISUAL, TEXT = 3, 9, 5
 ROWS = PREFIX + VISUAL + TEXT
 CONFIGS = {
     "dense": None,
@@ -47,18 +46,6 @@ CONFIGS = {
     },
     "fixed-exit": {"mode": ["deep"], "mid_deep_layer": 3},
 }
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<unk>", "<s>", "</s>", "USER:", "ASSISTANT:", "what", "is", "this"]
-    vocab = {word: index for index, word in enumerate([*words, *(f"w{i}" for i in range(len(words), VOCAB))])}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.WordPiece(prefix="##")
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -419,12 +406,10 @@ def test_heatmap_paints_boxes():
 
 @pytest.fixture(scope="module", params=["pad", "anyres"])
 def chat(request, tmp_path_factory):
-    anyres = ANYRES if request.param == "anyres" else {}
-    model = tiny_model(tiny_config(num_hidden_layers=LAYERS, **anyres), seed=3)
-    with torch.no_grad():
-        model.lm_head.weight[:3] = 0  # no end token
-    path = write_original(tmp_path_factory.mktemp("model") / "tiny", model)
-    word_tokenizer().save_pretrained(path)
+    # Tiles of the tower's size.
+    anyres = {**ANYRES, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
+    settings = anyres if request.param == "anyres" else {}
+    path = write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", **settings)
     return ChatModel(Checkpoint(path))
 
 
@@ -442,23 +427,13 @@ def test_an_observation_fits_together(chat, name):
         lens = logit_lens(chat.model, chat.tokenizer, seen.answer_row(token), k=1)
         assert lens.ids[-1, 0] == word
         assert lens.texts[-1, 0] == seen.labels[seen.recording.num_rows + token]
-    plain = chat.answer(chat.checkpoint.encode([_turn(seen)]), seen.config, _options(5))
+    plain = chat.answer(
+        chat.checkpoint.encode([Turn(seen.question, [seen.picture])]), seen.config, GenerationOptions(5)
+    )
     assert seen.answer == plain.text
     if plain.trace is not None:
         assert plain.trace.to_dict() == seen.trace.to_dict()
         assert plain.flops_saved == seen.savings
-
-
-def _turn(seen):
-    from llava.serve.chat import Turn
-
-    return Turn(seen.question, [seen.picture])
-
-
-def _options(tokens):
-    from llava.serve.chat import GenerationOptions
-
-    return GenerationOptions(max_new_tokens=tokens)
 
 
 def test_an_empty_question_is_refused(chat):
