@@ -11,12 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("easy_vqa")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import process_images, tokenizer_image_token
 from tiny_llava import train as training
 from tiny_llava.data import Encoder, _stack, easy_batches, held_out_batch
 from tiny_llava.easyvqa import easy_by_image, easy_labels, easy_picture
@@ -28,6 +25,9 @@ from tiny_llava.questions import INSTRUCTION
 from tiny_llava.renderer import COLORS, SHAPES
 from tiny_llava.tokenizer import build_tokenizer, prompt
 from tiny_llava.train import Run, Stage
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.mm_utils import process_images, tokenizer_image_token
 
 
 @pytest.fixture(scope="module")
