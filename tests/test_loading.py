@@ -1,6 +1,7 @@
 """Checkpoints of every layout end in the same model; bad ones end in one clear error before weights are read."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -344,6 +345,30 @@ def test_the_generation_config_of_the_folder_is_taken(tmp_path):
     model = load(folder)[1]
     assert model.generation_config.eos_token_id == [2, 7] and model.generation_config.max_new_tokens == 3
     assert model.generation_config.pad_token_id == tiny_tokenizer().pad_token_id
+
+
+def test_published_generation_configs_bring_no_warnings(tmp_path, caplog):
+    folder = write_original(tmp_path / "llava", tiny_model())
+    published = {"_from_model_config": True, "max_length": 4096, "temperature": 0.9, "top_p": 0.6, "pad_token_id": 0}
+    write_json(folder / "generation_config.json", published)
+    model = load(folder)[1]
+    ids = torch.tensor([[1, 5, 6]])
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    try:
+        greedy = model.generate(ids, do_sample=False, max_new_tokens=3)
+        assert torch.equal(model.generate(ids, do_sample=False, temperature=0, top_p=None, max_new_tokens=3), greedy)
+        torch.manual_seed(0)
+        sampled = model.generate(ids, do_sample=True, temperature=5.0, max_new_tokens=20)
+    finally:
+        transformers_logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
+    options = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 20}
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(ids, top_p=0.6, **options), sampled)
+    torch.manual_seed(0)
+    assert not torch.equal(model.generate(ids, top_p=None, **options), sampled)
+    model.save_pretrained(tmp_path / "saved")
 
 
 def test_the_model_remembers_its_name(tmp_path):

@@ -24,6 +24,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.model import checkpoint, key_mapping
 from llava.model.checkpoint import Weights
 from llava.model.configs import AnyLlavaConfig, is_hf_layout, model_class, model_config, with_decoder_of
+from llava.model.llava_arch import SAMPLING_KEYS
 from llava.model.multimodal_encoder.builder import (
     KNOWN_TOWERS,
     has_vision_tower,
@@ -451,7 +452,11 @@ def _progress(show: bool) -> Iterator[None]:
 def _set_generation_config(model: Any, folder: Path, tokenizer: Any) -> None:
     if (folder / "generation_config.json").is_file():
         values = checkpoint.read_json(folder / "generation_config.json")
-        model.generation_config = GenerationConfig.from_dict(values)
+        # Published files carry sampling settings without do_sample, which transformers warns of and refuses to save;
+        # a limit on prompt and answer together, where max_new_tokens decides.
+        if not values.get("do_sample"):
+            model.sampling_settings = {key: values.pop(key) for key in SAMPLING_KEYS if key in values}
+        model.generation_config = GenerationConfig.from_dict({**values, "max_length": None})
     config = model.generation_config
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id

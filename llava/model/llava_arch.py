@@ -6,8 +6,9 @@ The splice is the only place that knows where an image went. It says so in ``vis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,8 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.pruning import PruningConfig, PruningTrace, call_lock, prune
 from llava.utils import UserError
+
+SAMPLING_KEYS = ("temperature", "top_p", "top_k")
 
 
 @dataclass
@@ -71,6 +74,8 @@ class LlavaMetaForCausalLM:
     config: Any
     model: Any
     _last_pruning_traces: tuple[PruningTrace, ...] = ()
+    sampling_settings: Mapping[str, float] = MappingProxyType({})
+    """What the checkpoint's generation_config.json says of sampling without turning it on; used by callers who do."""
 
     @property
     def _module(self) -> nn.Module:
@@ -347,6 +352,7 @@ class LlavaMetaForCausalLM:
             raise UserError("generate needs a prompt: ids (with images) or inputs_embeds")
         if kwargs.get("use_cache") is False:
             raise UserError("use_cache=False is not supported: rows of images are given once, at the first step")
+        self._settle_sampling(kwargs)
         row_ids = None
         if inputs_embeds is None and ids is not None:
             kwargs.pop("position_ids", None)  # positions of ids say nothing once image rows are in place
@@ -364,6 +370,15 @@ class LlavaMetaForCausalLM:
             if _is_assisted(kwargs) and "input_ids" not in kwargs:
                 return self._generate_assisted(inputs_embeds, row_ids, **kwargs)
             return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+
+    def _settle_sampling(self, kwargs: dict[str, Any]) -> None:
+        """The checkpoint's sampling settings where the caller samples and gives none; none at all where not."""
+        if kwargs.get("generation_config") is not None:
+            return
+        if kwargs.get("do_sample", self.generation_config.do_sample):  # type: ignore[attr-defined]
+            kwargs.update({**self.sampling_settings, **kwargs})
+        else:
+            kwargs.update(dict.fromkeys(SAMPLING_KEYS))
 
     def _generate_assisted(self, inputs_embeds: Any, row_ids: torch.Tensor | None, **kwargs: Any) -> Any:
         """Assisted decoding counts ids, so every row gets one; they come off the front again afterwards."""
