@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from . import varlen
 from .policy import Reading
 from .rows import Rows
 
@@ -67,6 +68,9 @@ def attend_with_lse(
             query[None], keys[None], values[None], 0.0, causal, scale=scale
         )
         return output[0], lse[0]
+    if varlen.is_usable(query):
+        tally.add(query, keys)
+        return varlen.attend_with_lse(query, keys, values, scale, causal=causal)
     output = attend(query, keys, values, scale, causal=causal, tally=tally)
     return output, score_lse(query, keys, scale, causal=causal, tally=tally)
 
@@ -182,7 +186,7 @@ def _read_sink(
     text_keys, text_values = keys[:, text], values[:, text]
     if reading is Reading.HALF_SINK:
         # Zeroed weights and zeroed values are the same thing to the sum.
-        hidden = torch.as_tensor(rows.visual[: len(rows.visual) // 2], device=values.device)
+        hidden = varlen.to_device(torch.from_numpy(rows.visual[: len(rows.visual) // 2]), torch.int64, values.device)
         values = values.index_fill(1, hidden, 0)
     output, lse = attend_with_lse(query, keys, values, scale, causal=True, tally=tally)
     output = output.clone()

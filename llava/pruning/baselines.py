@@ -94,7 +94,7 @@ class ForcedSchedule(VisiPruner):
         self.select_layer, self.num_kept, self.exit_layer = select_layer, num_kept, exit_layer
 
     def decide(self, layer: int, num_visual: int, probe: Probe | None) -> Decision | None:
-        if layer == self.select_layer:
+        if layer == self.select_layer and probe is not None:
             self.selected = True
             keep = np.zeros(num_visual, dtype=bool)
             keep[np.argsort(-probe.norm, kind="stable")[: self.num_kept]] = True

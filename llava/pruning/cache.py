@@ -8,9 +8,12 @@ moves them once into a buffer with spare rows, which then grows by a share of it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .varlen import Segments, to_device
 
 # Spare rows a segment gets when it is full: at least this many, and at least an eighth of what it holds, so
 # that a row is copied a bounded number of times however long the answer gets.
@@ -23,6 +26,25 @@ class CacheLease:
 
     def __init__(self) -> None:
         self.active = True
+
+
+@dataclass
+class Cursor:
+    """Where the samples of a batch end, on the device: a decoding step needs no word from the host.
+
+    Attributes:
+        next_rows: int64 [batch], the row that each sample's next token goes to.
+        lengths: int32 [batch], rows that each sample holds.
+        offsets: int32 [batch + 1], where segments begin and end.
+    """
+
+    next_rows: torch.Tensor
+    lengths: torch.Tensor
+    offsets: torch.Tensor
+
+    def advance(self, rows: int) -> None:
+        self.next_rows += rows
+        self.lengths += rows
 
 
 class RaggedLayer(DynamicLayer):
@@ -42,7 +64,7 @@ class RaggedLayer(DynamicLayer):
         self.lengths: list[int] = []
         self.starts: list[int] = []
         self._prefill_lengths: list[int] | None = None
-        self._next_rows: torch.Tensor | None = None  # int64 [batch], where the next token goes, on the device
+        self.cursor: Cursor | None = None  # with more than one sample, from the first decoded token on
 
     # -- what the engine calls ------------------------------------------------------------------------------
 
@@ -105,12 +127,14 @@ class RaggedLayer(DynamicLayer):
             self.keys[:, :, end : end + new] = key_states
             self.values[:, :, end : end + new] = value_states
         else:
-            assert self._next_rows is not None
-            rows = self._next_rows[:, None] + torch.arange(new, device=self.device)  # [batch, new]
+            assert self.cursor is not None
+            rows = self.cursor.next_rows
+            if new > 1:
+                rows = (rows[:, None] + torch.arange(new, device=self.device)).flatten()  # [batch * new]
             for store, states in ((self.keys, key_states), (self.values, value_states)):
                 packed = states.transpose(0, 1).flatten(1, 2)  # [kv_heads, batch * new, head_dim]
-                store[0].index_copy_(1, rows.flatten(), packed)
-            self._next_rows += new
+                store[0].index_copy_(1, rows, packed)
+            self.cursor.advance(new)
         self.lengths = [length + new for length in self.lengths]
         return self.keys, self.values
 
@@ -131,9 +155,14 @@ class RaggedLayer(DynamicLayer):
         self._place_cursor()
 
     def _place_cursor(self) -> None:
+        device = self.keys.device
         if len(self.starts) > 1:
             ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
-            self._next_rows = torch.tensor(ends, device=self.keys.device)
+            self.cursor = Cursor(
+                to_device(ends, torch.int64, device),
+                to_device(self.lengths, torch.int32, device),
+                Segments.of(self.capacity, device).offsets,
+            )
 
     def get_seq_length(self) -> int:
         """Rows this layer really holds; with a batch, the longest sample's."""
@@ -141,7 +170,7 @@ class RaggedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._next_rows = None
+        self.cursor = None
         self.is_initialized = False
         self.lengths, self.starts = [], []
 
@@ -152,8 +181,8 @@ class RaggedLayer(DynamicLayer):
                 f"crop: {tokens_to_remove} is not supported; a negative number of rows to remove is needed"
             )
         self.lengths = [length + tokens_to_remove for length in self.lengths]
-        if self._next_rows is not None:
-            self._next_rows += tokens_to_remove
+        if self.cursor is not None:
+            self.cursor.advance(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Let sample b go on from what sample `beam_idx[b]` holds. Both must hold equally many rows."""
@@ -161,8 +190,8 @@ class RaggedLayer(DynamicLayer):
             return
         order = beam_idx.to(self.keys.device)
         rooms = self.capacity
-        starts = torch.tensor(self.starts, device=self.keys.device)
-        sizes = torch.tensor(rooms, device=self.keys.device)
+        starts = to_device(self.starts, torch.int64, self.keys.device)
+        sizes = to_device(rooms, torch.int64, self.keys.device)
         shift = (starts[order] - starts).repeat_interleave(sizes, output_size=sum(rooms))
         source = torch.arange(sum(rooms), device=self.keys.device) + shift
         self.keys = self.keys.index_select(2, source)

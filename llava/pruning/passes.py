@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from . import varlen
 from .attention import Tally, attend_behind, attend_prompt
 from .cache import RaggedLayer
 from .errors import UnsupportedCallError
@@ -57,6 +58,7 @@ class Prefill:
     position_embeddings: tuple[torch.Tensor, ...] = ()
     position_ids: torch.Tensor | None = None
     counts_per_layer: list[list[int]] = field(default_factory=list)
+    _segments: varlen.Segments | None = None  # of `counts`, made when needed
 
     @property
     def counts(self) -> list[int]:
@@ -119,7 +121,8 @@ class Prefill:
             survivors.append(index + start)
             start += sample.rows.count
             sample.rows = left
-        everyone = torch.as_tensor(np.concatenate(survivors), device=hidden.device)
+        self._segments = None
+        everyone = varlen.to_device(torch.from_numpy(np.concatenate(survivors)), torch.int64, hidden.device)
         self.position_embeddings = tuple(_select_rows(part, everyone) for part in self.position_embeddings)
         if self.position_ids is not None:
             self.position_ids = _select_rows(self.position_ids, everyone)
@@ -175,20 +178,31 @@ class Prefill:
 
         Returns `[1, rows of all samples, heads, head_dim]`.
         """
+        readings = [sample.policy.reading(layer) if len(sample.rows.visual) else Reading.ALL for sample in self.samples]
+        together = None
+        if len(self.samples) > 1 and set(readings) == {Reading.ALL} and varlen.is_usable(query):
+            if self._segments is None:
+                self._segments = varlen.Segments.of(self.counts, query.device)
+            together = varlen.attend_packed(query[0], keys[0], values[0], self._segments, scale)
         outputs, start = [], 0
-        for sample in self.samples:
+        for sample, reading in zip(self.samples, readings, strict=True):
             rows, tally = sample.rows, Tally()
             segment = slice(start, start + rows.count)
             start += rows.count
             own = query[0, :, segment], keys[0, :, segment], values[0, :, segment]
-            reading = sample.policy.reading(layer) if len(rows.visual) else Reading.ALL
-            output = attend_prompt(*own, scale, rows, reading, tally)
-            if len(rows.visual) and sample.original is None and sample.policy.needs_probe(layer):
+            if together is None:
+                output = attend_prompt(*own, scale, rows, reading, tally)
+                outputs.append(output)
+            else:
+                output = together[:, segment]
+                tally.add(*own[:2])
+            if len(rows.visual) and sample.policy.needs_probe(layer):
                 sample.probe = self._probe(rows, *own, output, scale, tally)
             sample.trace.score_pairs[layer] += tally.scores
             sample.trace.value_pairs[layer] += tally.values
-            sample.trace.visual_rows_read.append(reading.visible(len(rows.visual)) if len(rows.visual) else 0)
-            outputs.append(output)
+            sample.trace.visual_rows_read.append(reading.visible(len(rows.visual)))
+        if together is not None:
+            return together.transpose(0, 1)[None]
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return joined.transpose(0, 1)[None]
 
@@ -232,19 +246,21 @@ class Decoding:
     ) -> torch.Tensor:
         """`query` `[batch, heads, new, head_dim]`; keys and values are the layer's whole ragged storage."""
         stored = cast(RaggedLayer, self.cache.layers[layer])
-        tally = Tally()
         batch, heads, new, head_dim = query.shape
-        if stored.is_uniform and new == 1 and batch > 1:
-            shape = (keys.shape[1], batch, stored.capacity[0], head_dim)
-            length = stored.lengths[0]
-            all_keys, all_values = (part[0].view(shape)[:, :, :length].transpose(0, 1) for part in (keys, values))
-            output = nn.functional.scaled_dot_product_attention(
-                query, all_keys, all_values, scale=scale, enable_gqa=heads != keys.shape[1]
-            )
-            return output.transpose(1, 2)
-        outputs = []
+        if new == 1 and batch > 1:
+            longest = max(stored.lengths)
+            if stored.is_uniform:
+                shape = (keys.shape[1], batch, stored.capacity[0], head_dim)
+                all_keys, all_values = (part[0].view(shape)[:, :, :longest].transpose(0, 1) for part in (keys, values))
+                output = nn.functional.scaled_dot_product_attention(
+                    query, all_keys, all_values, scale=scale, enable_gqa=heads != keys.shape[1]
+                )
+                return output.transpose(1, 2)
+            if stored.cursor is not None and varlen.is_usable(query):
+                segments = varlen.Segments(stored.cursor.offsets, longest)
+                return varlen.attend_last(query, keys[0], values[0], segments, stored.cursor.lengths, scale)
+        outputs, tally = [], Tally()
         for sample in range(batch):
             segment = stored.segment(sample)
-            own = query[sample], keys[0, :, segment], values[0, :, segment]
-            outputs.append(attend_behind(*own, scale, tally))
-        return torch.stack(outputs).transpose(1, 2)
+            outputs.append(attend_behind(query[sample], keys[0, :, segment], values[0, :, segment], scale, tally))
+        return (outputs[0][None] if batch == 1 else torch.stack(outputs)).transpose(1, 2)

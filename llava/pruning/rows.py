@@ -7,6 +7,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from .varlen import to_device
+
 
 class Rows:
     """The rows of one sample that are still there. Indices are local: row 0 is the first of them.
@@ -73,5 +75,5 @@ class Rows:
     def _on_device(self, name: str, device: torch.device) -> torch.Tensor:
         key = (name, device)
         if key not in self._indices:
-            self._indices[key] = torch.as_tensor(getattr(self, name), device=device)
+            self._indices[key] = to_device(torch.from_numpy(getattr(self, name)), torch.int64, device)
         return self._indices[key]
