@@ -180,27 +180,6 @@ def processor_shortest_edge(processor: Any) -> int:
     return int(size.get("shortest_edge") or min(size["height"], size["width"]))
 
 
-def processor_crop(size: Size, processor: Any) -> tuple[Size, Size]:
-    """What a CLIP processor makes of a picture of ``size``.
-
-    Returns:
-        (width, height) after its resize, and (left, top) of its centre crop in that; negative where it pads.
-    """
-    width, height = size
-    if processor.do_resize:
-        target = dict(processor.size)
-        if target.get("shortest_edge"):
-            short = min(size)
-            edge = int(target["shortest_edge"])
-            width, height = (edge if side == short else int(edge * side / short) for side in size)
-        else:
-            width, height = int(target["width"]), int(target["height"])
-    if not processor.do_center_crop:
-        return (width, height), (0, 0)
-    crop = dict(processor.crop_size)
-    return (width, height), ((width - int(crop["width"])) // 2, (height - int(crop["height"])) // 2)
-
-
 def merge_type(config: Any) -> str:
     """How the tiles of an anyres image become rows: ``flat``, ``spatial`` or ``spatial_unpad``.
 

@@ -25,8 +25,8 @@ from llava.mm_utils import (
     tokenizer_image_token,
 )
 from llava.model.builder import load_tokenizer
-from llava.model.patch_geometry import row_boxes
 from llava.utils import UserError
+from llava.visualize.geometry import patch_map
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "conversation_prompts.json").read_text())["templates"]
 V16_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -220,6 +220,20 @@ def test_anyres_pictures_of_equal_grids_stack_and_of_others_do_not():
 # --- rows back to the picture ---
 
 
+def visible_boxes(size, config, image_processor, tower):
+    """What each row shows of the picture (left, top, right, bottom, clipped to it), or None."""
+    rows = patch_map(size, image_processor, config, tower.num_patches_per_side)
+    limits = (*size, *size)
+    return [
+        tuple(min(max(edge, 0), limit) for edge, limit in zip(box, limits, strict=True)) if shown else None
+        for box, shown in zip(rows.boxes.tolist(), rows.on_picture.tolist(), strict=True)
+    ]
+
+
+def area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
 def brightest_row(model, config, image_processor, picture, among):
     """The row whose patch (or patches' mean) is brightest, read from the pixels that the tower would get."""
     pixels = process_images([picture], image_processor, config)[0]
@@ -253,20 +267,20 @@ def test_a_marked_box_lights_up_its_own_row(size, layout):
     config = tiny_config(**layout)
     model = tiny_model(config)
     image_processor = processor(image_mean=[0.0, 0.0, 0.0], image_std=[1.0, 1.0, 1.0])
-    boxes = row_boxes(size, config, image_processor, model.get_vision_tower())
+    boxes = visible_boxes(size, config, image_processor, model.get_vision_tower())
     pixels = process_images([Image.new("RGB", size)], image_processor, config)
     assert len(boxes) == len(model.image_rows(pixels, [size])[0])
 
     per_tile = model.get_vision_tower().num_patches
     shown = [row for row, box in enumerate(boxes) if box is not None]
     # Slivers at the border of the padding are too thin to outshine the blur of their neighbours.
-    largest = max(boxes[row].area for row in shown[per_tile:] or shown)
+    largest = max(area(boxes[row]) for row in shown[per_tile:] or shown)
     for row in shown:
         box = boxes[row]
-        if box.area < 0.5 * largest:
+        if area(box) < 0.5 * largest:
             continue
         picture = Image.new("RGB", size)
-        corners = [math.ceil(box.left), math.ceil(box.top), math.floor(box.right) - 1, math.floor(box.bottom) - 1]
+        corners = [math.ceil(box[0]), math.ceil(box[1]), math.floor(box[2]) - 1, math.floor(box[3]) - 1]
         ImageDraw.Draw(picture).rectangle(corners, fill=(255, 255, 255))
         is_whole_tile = row < per_tile
         among = [other for other in shown if (other < per_tile) == is_whole_tile]
@@ -278,12 +292,12 @@ def test_a_marked_box_lights_up_its_own_row(size, layout):
 def test_boxes_cover_the_picture_exactly(size, layout):
     config = tiny_config(**layout)
     tower = tiny_model(config).get_vision_tower()
-    boxes = row_boxes(size, config, processor(), tower)
+    boxes = visible_boxes(size, config, processor(), tower)
     whole, tiles = boxes[: tower.num_patches], boxes[tower.num_patches :]
-    assert sum(box.area for box in whole if box) == pytest.approx(size[0] * size[1])
+    assert sum(area(box) for box in whole if box) == pytest.approx(size[0] * size[1])
     if layout is ANYRES:
         # A row of cells that is mostly padding is dropped with it, so the tiles may miss a rim of the picture.
-        covered = sum(box.area for box in tiles if box)
+        covered = sum(area(box) for box in tiles if box)
         assert 0.5 * size[0] * size[1] < covered <= size[0] * size[1] * (1 + 1e-9)
 
 
