@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from tiny_llava import train as training
 from tiny_llava.data import Encoder, _stack, easy_batches, held_out_batch
 from tiny_llava.easyvqa import easy_by_image, easy_labels, easy_picture
 from tiny_llava.evaluate import evaluate, interval, logits_of
 from tiny_llava.export import export
-from tiny_llava.measure import Shipped, rendered_samples
+from tiny_llava.measure import Shipped, easy_samples, rendered_samples, score
 from tiny_llava.model import Learner
 from tiny_llava.questions import INSTRUCTION
 from tiny_llava.renderer import COLORS, SHAPES
@@ -28,6 +27,8 @@ from tiny_llava.train import Run, Stage
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +107,6 @@ def test_generated_answers_agree_with_teacher_forcing(encoder: Encoder, tmp_path
     shipped = Shipped(str(tmp_path / "model"))
     batches = list(easy_batches(encoder, "test", 4, limit=4))
     right, asked = evaluate(run.learner, run.before, batches)["easy-VQA"]
-    from tiny_llava.measure import easy_samples, score
-
     samples = easy_samples(4)
     generated = score(samples, shipped.answer(samples)[0])["easy-VQA"]
     assert generated[1] == asked == len(samples)

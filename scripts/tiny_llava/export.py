@@ -65,4 +65,5 @@ def export(learner: Learner, tokenizer: PreTrainedTokenizerFast, folder: Path) -
             },
         )
         for file in sorted(beside.iterdir()):
+            file.chmod(0o644)  # what is installed with the package is for every user
             shutil.move(file, folder / file.name)

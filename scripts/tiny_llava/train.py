@@ -47,7 +47,7 @@ CURRICULA: dict[str, tuple[Stage, ...]] = {
         Stage("tower", 320, 64, 3e-3),
         Stage("language", 240, 32, 3e-3, decay=0.4),
         Stage("align", 40, 32, 3e-3, decay=0.3),
-        Stage("joint", 1200, 32, 3e-3, decay=0.7),
+        Stage("joint", 1700, 32, 3e-3, decay=0.7),
     ),
     "scratch": (
         Stage("tower", 320, 64, 3e-3),

@@ -1,0 +1,182 @@
+"""Does the shipped model go through the paper's three stages? Measures it, for docs/three_stages.md.
+
+    python scripts/three_stages.py                 # docs/figures/three_stages.json and .png, then the tables
+    python scripts/three_stages.py --pictures 30   # a quick look
+
+Every point has at least 1,000 questions unless `--pictures` says otherwise; intervals are Wilson's, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+from tiny_llava.data import held_out_batch
+from tiny_llava.evaluate import evaluate, interval
+from tiny_llava.export import write_json
+from tiny_llava.measure import Sample, Shipped, figures, learner_of, pruned_figures, rendered_samples
+
+from llava.constants import SHIPPED_MODEL_PATH
+from llava.pruning import PruningConfig
+from llava.pruning.baselines import keep_at_layer
+from llava.pruning.policy import Decision, Policy, Prompt
+from llava.pruning.probe import Probe
+
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
+SPLIT = "stages"  # pictures of its own: neither training nor validation nor the model card's test draws them
+SHOWN = ("overall", "attribute", "existence", "count", "position", "relation", "text")
+
+
+class Watch(Policy):
+    """Prunes nothing; notes the smallest cosine and the largest share of every layer."""
+
+    def __init__(self, notes: list[list[tuple[float, float]]]) -> None:
+        self.seen: list[tuple[float, float]] = []
+        notes.append(self.seen)
+
+    def needs_probe(self, layer: int) -> bool:
+        """In every layer."""
+        return True
+
+    def decide(self, layer: int, num_visual: int, probe: Probe | None) -> Decision | None:
+        """Nothing leaves."""
+        assert probe is not None
+        self.seen.append((float(probe.cosine.min()), float(probe.norm.max())))
+        return None
+
+
+def blind_curves(path: Path, pictures: int) -> dict[str, Any]:
+    """Accuracy with the picture hidden from the text rows: below, in, and from every layer on."""
+    learner, encoder = learner_of(path)
+    before = torch.tensor(encoder.before)
+    batches = [held_out_batch(encoder, start, 32, SPLIT) for start in range(0, pictures, 32)]
+    layers = len(learner.llava.model.layers)
+
+    def measure(blind: Container[int]) -> dict[str, Any]:
+        return figures(evaluate(learner, before, batches, blind))
+
+    return {
+        "dense": measure(()),
+        "below": [measure(range(layer)) for layer in range(layers + 1)],
+        "alone": [measure((layer,)) for layer in range(layers)],
+        "from": [measure(range(layer, layers)) for layer in range(layers + 1)],
+    }
+
+
+def cosines(shipped: Shipped, samples: list[Sample]) -> dict[str, Any]:
+    """Quantiles over questions of each layer's smallest cosine and largest norm."""
+    notes: list[list[tuple[float, float]]] = []
+
+    def watch(prompt: Prompt) -> Watch:
+        return Watch(notes)
+
+    shipped.answer(samples, policy=watch)
+    seen = np.array([note for note in notes if note])  # [questions, layers, 2]
+    quantiles = np.quantile(seen, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0).round(5)
+    return {
+        "n": len(seen),
+        "quantiles": [5, 25, 50, 75, 95],
+        "cosine": quantiles[:, :, 0].tolist(),
+        "norm": quantiles[:, :, 1].tolist(),
+    }
+
+
+def comparison(shipped: Shipped, samples: list[Sample], config: dict[str, Any]) -> dict[str, Any]:
+    """Dense, VisiPruner as recommended, and other choices at its kept count and at its executed FLOPs."""
+    rows = {"dense": pruned_figures(shipped, samples), "VisiPruner": pruned_figures(shipped, samples, config=config)}
+    ours = rows["VisiPruner"]
+    layer, kept = round(ours["mean_select_layer"]), max(1, round(ours["mean_kept"]))
+    for score in ("random", "attention", "norm"):
+        name = f"{score}, {kept} kept after layer {layer}"
+        rows[name] = pruned_figures(shipped, samples, policy=keep_at_layer(layer, kept, score))
+    layers = shipped.model.config.num_hidden_layers
+    early = 1  # FastV's layer; at equal FLOPs more tokens can stay there
+    share = (layers - 1 - layer) / (layers - 1 - early)
+    many = round(144 - (144 - kept) * share)
+    for score in ("random", "attention"):
+        name = f"{score}, {many} kept after layer {early}"
+        rows[name] = pruned_figures(shipped, samples, policy=keep_at_layer(early, many, score))
+    few = f"attention, {kept} kept after layer {early}"
+    rows[few] = pruned_figures(shipped, samples, policy=keep_at_layer(early, kept, "attention"))
+    return rows
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Accuracy against layer for the three ways to hide the picture, and cosines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {
+        "below": "(a) hidden from text in layers < L",
+        "alone": "(b) hidden from text in layer L alone",
+        "from": "(c) hidden from text from layer L on",
+    }
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), constrained_layout=True)
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=False):
+        points = result["hidden"][name]
+        for task in SHOWN:
+            values = [point[task]["accuracy"] for point in points]
+            low = [point[task]["interval95"][0] for point in points]
+            high = [point[task]["interval95"][1] for point in points]
+            line = axis.plot(values, marker="o", markersize=3, linewidth=2.2 if task == "overall" else 1.1, label=task)
+            axis.fill_between(range(len(values)), low, high, alpha=0.12, color=line[0].get_color())
+        axis.set(title=title, xlabel="layer L", ylabel="accuracy, %", ylim=(0, 101))
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    low, lower, middle, upper, high = result["cosines"]["cosine"]
+    axis = axes[1, 1]
+    axis.fill_between(range(len(low)), low, high, alpha=0.2, label="5–95 % of questions")
+    axis.fill_between(range(len(low)), lower, upper, alpha=0.35, label="25–75 %")
+    axis.plot(middle, marker="o", markersize=3, label="median")
+    axis.set(title="smallest cosine of a layer", xlabel="layer", ylabel="cos(o − c, o)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", type=Path, default=Path(SHIPPED_MODEL_PATH))
+    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--out", type=Path, default=FIGURES)
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    config = PruningConfig.from_any(f"@{arguments.model_path / 'pruning_config.json'}")
+    assert config is not None
+    samples = rendered_samples(SPLIT, arguments.pictures)
+    shipped = Shipped(str(arguments.model_path))
+    result = {
+        "pictures": arguments.pictures,
+        "questions": len(samples),
+        "pruning_config": config.to_dict(),
+        "hidden": blind_curves(arguments.model_path, arguments.pictures),
+        "cosines": cosines(shipped, samples),
+        "comparison": comparison(shipped, samples, config.to_dict()),
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.monotonic() - began),
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "three_stages.json", result)
+    draw(result, arguments.out / "three_stages.png")
+    for name, row in result["comparison"].items():
+        accuracy, text = row["accuracy"]["overall"], row["accuracy"]["text"]
+        low, high = interval(accuracy["correct"], accuracy["n"])
+        print(
+            f"{name:40} {accuracy['accuracy']:6.2f} [{100 * low:.1f}, {100 * high:.1f}]  text {text['accuracy']:6.2f}"
+            f"  saved {row['saved']['executed']:.3f}  kept {row['mean_kept']}"
+        )
+
+
+if __name__ == "__main__":
+    main()
