@@ -380,7 +380,7 @@ def test_a_signal_ends_after_the_batch_with_130_and_the_command_that_goes_on(mod
     ) as process:
         while not (path.exists() and _written(path) >= 2) and process.poll() is None:
             time.sleep(0.01)
-        os.killpg(process.pid, number)  # as a terminal or a scheduler does it: the workers get it too
+        os.killpg(process.pid, number)  # as a terminal or a scheduler does it
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors

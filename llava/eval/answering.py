@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import signal
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava.conversation import conv_templates
@@ -28,15 +30,17 @@ class Prepared:
     """A question as the model takes it, or the reason why it cannot be asked.
 
     Attributes:
-        ids: prompt ids; ``pixels``: float ``[3, S, S]`` or ``[tiles, 3, S, S]`` as a NumPy array (through a pipe:
-            shared memory is small in containers), None without an image; ``size``: the picture's width, height.
+        ids: prompt ids.
+        pixels: float ``[3, S, S]`` or ``[tiles, 3, S, S]``; None without an image.
+        size: the picture's width and height.
+        num_visual: rows that the picture becomes.
         room: how many tokens the answer may have before the context is full.
         error: set instead of all these.
     """
 
     question: Question
     ids: list[int] | None = None
-    pixels: Any = None
+    pixels: torch.Tensor | None = None
     size: tuple[int, int] | None = None
     num_visual: int = 0
     room: int = 0
@@ -72,51 +76,53 @@ class Reply:
         return len(self.trace.kept_positions)
 
 
-def prepare(question: Question, checkpoint: Checkpoint) -> Prepared:
+def prepare(question: Question, checkpoint: Checkpoint, tokenizer_lock: AbstractContextManager[Any]) -> Prepared:
     """Read the picture and build the prompt. What is wrong with this one question comes back as ``error``."""
     try:
         pictures = [checkpoint.read_picture(question.image)] if question.image is not None else []
-        prompt = checkpoint.encode([Turn(question.text, pictures)])
+        with tokenizer_lock:  # a fast tokenizer may not be used by two threads at once
+            prompt = checkpoint.encode([Turn(question.text, pictures)])
     except UserError as error:
         return Prepared(question, error=str(error))
-    pixels, size = (pictures[0].pixels.numpy(), pictures[0].image.size) if pictures else (None, None)
+    pixels, size = (pictures[0].pixels, pictures[0].image.size) if pictures else (None, None)
     room = checkpoint.context_len - prompt.num_rows
     return Prepared(question, prompt.ids[0].tolist(), pixels, size, prompt.num_visual, room)
-
-
-class _Questions(Dataset):
-    def __init__(self, questions: Sequence[Question], checkpoint: Checkpoint) -> None:
-        self.questions, self.checkpoint = questions, checkpoint
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-    def __getitem__(self, index: int) -> Prepared:
-        return prepare(self.questions[index], self.checkpoint)
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def prepared_batches(
     questions: Sequence[Question], checkpoint: Checkpoint, batch_size: int, num_workers: int
 ) -> Iterator[list[Prepared]]:
-    """Batches in order, read and prepared by ``num_workers`` processes ahead of the model (0: in this one)."""
-    loader = DataLoader(
-        _Questions(questions, checkpoint),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=list,
-        worker_init_fn=_leave_signals_to_parent if num_workers else None,
-    )
-    return iter(loader)
+    """Batches in order, read and prepared ahead of the model by ``num_workers`` threads (0: by the caller's).
+
+    Threads and not processes: decoding and resizing leave the interpreter free, nothing is copied through shared
+    memory, which is small in containers, and no process is forked from one that has CUDA and its threads.
+    """
+    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
+    tokenizer_lock = threading.Lock()
+    if not num_workers:
+        for batch in batches:
+            yield [prepare(question, checkpoint, tokenizer_lock) for question in batch]
+        return
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="prepare")
+    ahead: deque[list[Future[Prepared]]] = deque()
+    try:
+        for batch in batches:
+            ahead.append([pool.submit(prepare, question, checkpoint, tokenizer_lock) for question in batch])
+            if len(ahead) > _BATCHES_AHEAD:
+                yield [item.result() for item in ahead.popleft()]
+        while ahead:
+            yield [item.result() for item in ahead.popleft()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+# Enough that a slow picture does not stop the model, few enough that anyres tiles do not fill the memory.
+_BATCHES_AHEAD = 3
 
 
 def default_workers() -> int:
-    """Processes that prepare questions: a core stays for the model, and more than four are seldom busy."""
-    return max(0, min(4, (os.cpu_count() or 1) - 1))
+    """Threads that prepare questions: a core stays for the model, and more than four are seldom busy."""
+    return max(1, min(4, (os.cpu_count() or 1) - 1))
 
 
 class _FirstTokenClock(StoppingCriteria):
@@ -198,7 +204,7 @@ class Responder:
         prompts = [torch.tensor(item.ids) for item in batch]
         ids = pad_sequence(prompts, batch_first=True, padding_side="left")
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-        pixels = [torch.from_numpy(item.pixels) for item in batch if item.pixels is not None]
+        pixels = [item.pixels for item in batch if item.pixels is not None]
         images: Any = pixels or None
         if pixels and all(part.ndim == 3 for part in pixels):
             images = torch.stack(pixels)

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--pruning-config", help="JSON or @file; without it the model runs dense")
     parser.add_argument("--batch-size", type=int, default=1, help="questions asked at once by each process")
-    parser.add_argument("--num-workers", type=int, help="processes that read pictures ahead, for each process")
+    parser.add_argument("--num-workers", type=int, help="threads that read pictures ahead, in each process")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the first of cuda, mps, cpu)")
     parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on cpu, else float16)")
     parser.add_argument("--attn-implementation", help="sdpa (default), eager or flash_attention_2")
@@ -272,15 +272,9 @@ class _Run:
         workers = default_workers() if args.num_workers is None else args.num_workers
         progress = _Progress(len(mine), disable=not self.launch.is_main)
         with stop, progress:
-            batches = prepared_batches(mine, self.checkpoint, args.batch_size, min(workers, len(mine)))
+            batches = prepared_batches(mine, self.checkpoint, args.batch_size, workers)
             while not stop.asked:
-                try:
-                    batch = next(batches, None)
-                except RuntimeError:
-                    # A signal to the whole process group also ends the workers.
-                    if not stop.asked:
-                        raise
-                    break
+                batch = next(batches, None)
                 if batch is None or stop.asked:
                     break
                 self.failures += [(item.question, item.error) for item in batch if item.error]

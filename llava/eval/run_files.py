@@ -166,7 +166,7 @@ class PartWriter:
         if fcntl is None:
             return
         try:
-            # A record lock belongs to the process, not to the file descriptor that worker processes inherit.
+            # A record lock goes with the process, so that a killed run never leaves it behind.
             fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"another run is writing {self.path}; wait for it or end it") from error
