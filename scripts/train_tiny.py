@@ -1,7 +1,10 @@
 """Train the model that ships with the project, from nothing, and write it as a LLaVA checkpoint.
 
-python scripts/train_tiny.py                       # the whole curriculum, then llava/assets/tiny_llava
-python scripts/train_tiny.py --smoke --out /tmp/smoke
+    python scripts/train_tiny.py                                    # the whole curriculum, into runs/tiny; resumes
+    python scripts/train_tiny.py --export llava/assets/tiny_llava   # its last checkpoint as a LLaVA folder
+    python scripts/train_tiny.py --tune llava/assets/tiny_llava     # find its pruning_config.json
+    python scripts/train_tiny.py --measure llava/assets/tiny_llava  # write its accuracy.json
+    python scripts/train_tiny.py --smoke --out /tmp/smoke
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from tiny_llava.export import export
+from tiny_llava.export import export, write_json
+from tiny_llava.measure import accuracy_report, search
 from tiny_llava.train import CURRICULA, Run
 from torch import distributed
 
@@ -32,6 +36,8 @@ def main() -> None:
     parser.add_argument("--joint-steps", type=int, help="another length of the last stage")
     parser.add_argument("--every", type=float, default=150.0, help="seconds between checkpoints")
     parser.add_argument("--export", type=Path, help="write the checkpoint in --out here as a LLaVA folder; no training")
+    parser.add_argument("--tune", type=Path, help="find pruning_config.json for the model in this folder; no training")
+    parser.add_argument("--measure", type=Path, help="write accuracy.json for the model in this folder; no training")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile (needs a C++ compiler)")
     arguments = parser.parse_args()
     if arguments.smoke:
@@ -39,6 +45,14 @@ def main() -> None:
     if arguments.export:
         run = Run(arguments.out, CURRICULA[arguments.curriculum], arguments.seed)
         export(run.averaged.module, run.tokenizer, arguments.export)
+        return
+    if arguments.tune:
+        found = search(arguments.tune)
+        write_json(arguments.tune / "pruning_search.json", found)
+        write_json(arguments.tune / "pruning_config.json", found["best"])
+        return
+    if arguments.measure:
+        write_json(arguments.measure / "accuracy.json", accuracy_report(arguments.measure))
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ from llava.constants import SHIPPED_MODEL_PATH
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningTrace, prune
+from llava.pruning.baselines import keep_at_layer
 from llava.pruning.flops import DecoderShape, savings
 from llava.pruning.policy import PolicyFactory
 
-from .data import SIDE_BY_SIDE, Encoder, phrase
+from .data import SIDE_BY_SIDE, Encoder, easy_batches, held_out_batch, phrase
 from .easyvqa import easy_by_image, easy_picture
-from .evaluate import interval
+from .evaluate import evaluate, interval
 from .model import Learner
 from .questions import write_questions
 from .renderer import make_scene, render
@@ -161,3 +165,76 @@ def pruned_figures(shipped: Shipped, samples: Sequence[Sample], **how: Any) -> d
 
 def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), 2) if values else None
+
+
+def accuracy_report(path: Path, pictures: int = 1000, pruned_pictures: int = 250) -> dict[str, Any]:
+    """All that the model card states, from the held-out split `test` and easy-VQA's test split.
+
+    Dense accuracy runs the exported weights through the packed forward pass (equal, as the tests show, to one
+    question at a time); pruned accuracy, and the dense one it is held against, through `generate`.
+    """
+    learner, encoder = learner_of(path)
+    before = torch.tensor(encoder.before)
+    rendered = [held_out_batch(encoder, start, 32, "test") for start in range(0, pictures, 32)]
+    real = list(easy_batches(encoder, "test", 32))
+    everywhere = range(len(learner.llava.model.layers))
+
+    def dense(blind: Container[int]) -> dict[str, tuple[int, int]]:
+        return evaluate(learner, before, rendered, blind) | evaluate(learner, before, real, blind)
+
+    shipped = Shipped(str(path))
+    config = json.loads((path / "pruning_config.json").read_text())
+    samples = rendered_samples("test", pruned_pictures) + easy_samples(pruned_pictures // 4)
+    pruned = pruned_figures(shipped, samples, config=config)
+    report = {
+        "dense": figures(dense(())),
+        "text_only": figures(dense(everywhere)),
+        "majority": figures(_majority(rendered_samples("test", pictures) + easy_samples())),
+        "same_questions": {"dense": pruned_figures(shipped, samples), "pruned": pruned},
+        "pruning_config": config,
+    }
+    if pruned["mean_kept"]:
+        layer, kept = round(pruned["mean_select_layer"]), round(pruned["mean_kept"])
+        for way in ("random", "attention"):
+            report["same_questions"][f"{way}, {kept} kept after layer {layer}"] = pruned_figures(
+                shipped, samples, policy=keep_at_layer(layer, kept, way)
+            )
+    return report
+
+
+def _majority(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
+    """What a guesser scores who knows every task's most frequent answer to questions of the same first word."""
+    answers: dict[tuple[str, str], Counter[str]] = {}
+    for sample in samples:
+        answers.setdefault((sample.task, sample.question.split()[0].lower()), Counter())[sample.answer] += 1
+    right: dict[str, list[int]] = {}
+    for (task, _), counts in answers.items():
+        total = right.setdefault(task, [0, 0])
+        total[0] += max(counts.values())
+        total[1] += sum(counts.values())
+    return {task: (correct, count) for task, (correct, count) in sorted(right.items())}
+
+
+def search(path: Path, pictures: int = 48) -> dict[str, Any]:
+    """Try pruning configs on the split `validation`; the best that saves at least 30 % of executed prefill FLOPs.
+
+    Best: most right answers; among equals the one that saves more.
+    """
+    shipped = Shipped(str(path))
+    samples = rendered_samples("validation", pictures) + easy_samples(pictures // 6, "train")
+    tried = []
+    for last_dense, layer_threshold, tokens_threshold in itertools.product((4, 5), (0.9999,), (0.03, 0.06, 0.12, 0.24)):
+        config = {
+            "mode": ["middle", "deep"],
+            "shallow_mid_layer": last_dense,
+            "layer_threshold": layer_threshold,
+            "tokens_threshold": tokens_threshold,
+        }
+        result = pruned_figures(shipped, samples, config=config)
+        tried.append({"config": config, **result})
+        overall, text = result["accuracy"]["overall"], result["accuracy"].get("text")
+        print(config, overall["accuracy"], text and text["accuracy"], result["saved"], result["mean_kept"], flush=True)
+    enough = [one for one in tried if one["saved"]["executed"] >= 0.3] or tried
+    best = max(enough, key=lambda one: (one["accuracy"]["overall"]["correct"], one["saved"]["executed"]))
+    dense = pruned_figures(shipped, samples)["accuracy"]
+    return {"best": best["config"], "dense": dense, "tried": tried, "n": len(samples)}

@@ -261,15 +261,15 @@ def ask_text_with_reference(scene: Scene, rng: random.Random) -> Question | None
 
 
 WRITERS: dict[Callable[[Scene, random.Random], Question | None], float] = {
-    ask_attribute: 1.5,
+    ask_attribute: 2.2,
     ask_color: 0.7,
-    ask_existence: 1.2,
-    ask_count: 1.6,
-    ask_position: 1.4,
-    ask_relation: 2.2,
+    ask_existence: 0.8,
+    ask_count: 1.0,
+    ask_position: 4.0,
+    ask_relation: 3.0,
     ask_text: 1.8,
-    ask_spelling: 0.6,
-    ask_text_with_reference: 0.6,
+    ask_spelling: 0.4,
+    ask_text_with_reference: 0.4,
 }
 TASKS = ("attribute", "color", "existence", "count", "position", "relation", "text", "spelling", "text_ocr")
 
