@@ -15,6 +15,9 @@ from llava.utils import UserError
 STAGES = ("shallow", "middle", "deep")
 SINKS = ("first", "half")
 
+# The shallow stage of LLaVA-1.5-7B (arXiv 2510.17205).
+PUBLISHED_BOUNDARY, PUBLISHED_LAYERS = 6, 32
+
 
 class PruningConfigError(UserError):
     """A pruning configuration that cannot be used. Names the key, the value and the allowed range."""
@@ -173,6 +176,28 @@ class PruningConfig:
         if "mode" not in source:
             raise PruningConfigError(f"pruning config: 'mode' missing; it must be a list with any of {list(STAGES)}")
         return cls(**source)
+
+    @classmethod
+    def for_model(cls, model: Any) -> PruningConfig:
+        """A starting point for any supported model: all three stages, the published boundary scaled to its depth.
+
+        The thresholds are the published ones for LLaVA-1.5-7B, whose shallow stage is 6 of 32 layers. They were
+        never fitted to another family: measure on your own questions before you rely on them.
+
+        Raises:
+            UnsupportedModelError: a model that `prune` refuses.
+            PruningConfigError: a model of one layer, which has no room for stages.
+        """
+        from .adapters import adapter_for
+
+        adapter = adapter_for(model)
+        num_layers = len(adapter.layers)
+        if num_layers < 2:
+            raise PruningConfigError(f"pruning needs at least 2 decoder layers; this model has {num_layers} layer")
+        scaled = round(PUBLISHED_BOUNDARY * num_layers / PUBLISHED_LAYERS)
+        # A selection behind layer boundary + 1 drops rows at the input of boundary + 2.
+        boundary = min(max(scaled, adapter.first_layer - 2, 1), num_layers - 1)
+        return cls(mode=STAGES, shallow_mid_layer=boundary, layer_threshold=0.995, tokens_threshold=0.2)
 
     @staticmethod
     def _read_json(text: str) -> Any:
