@@ -30,7 +30,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model import builder, checkpoint, key_mapping
+from llava.model import checkpoint, key_mapping, placement
 from llava.model.builder import context_length, load_pretrained_model
 from llava.model.configs import is_hf_layout, model_class, model_config
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -407,7 +407,7 @@ def test_padded_vocabularies_are_not_cut(tmp_path):
 
 def test_quantised_loading_needs_its_extra(tmp_path, monkeypatch):
     folder = write_original(tmp_path / "llava", tiny_model())
-    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
     for options in ({"load_8bit": True}, {"load_4bit": True}):
         with pytest.raises(UserError, match=r"llava-visipruner\[quant\]"):
             load(folder, **options)
@@ -417,7 +417,7 @@ def test_quantised_loading_needs_its_extra(tmp_path, monkeypatch):
 
 def test_quantised_loading_asks_for_nf4_and_spares_tower_and_projector(tmp_path, monkeypatch):
     folder = write_original(tmp_path / "llava", tiny_model())
-    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: object())
 
     class Seen(Exception):
         pass

@@ -7,7 +7,6 @@ then read weights.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,34 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, normalizers
-from transformers import BitsAndBytesConfig, GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers import GenerationConfig
+from transformers.utils import logging
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model import checkpoint, key_mapping
 from llava.model.checkpoint import Weights
 from llava.model.configs import AnyLlavaConfig, is_hf_layout, model_class, model_config, with_decoder_of
 from llava.model.llava_arch import SAMPLING_KEYS
-from llava.model.multimodal_encoder.builder import (
-    KNOWN_TOWERS,
-    has_vision_tower,
-    tower_name,
-    vision_config_of,
+from llava.model.multimodal_encoder.builder import has_vision_tower, tower_name, vision_config_of
+from llava.model.placement import (
+    attention_for,
+    check_device,
+    default_device,
+    parse_dtype,
+    placement_for,
+    quantization_for,
 )
+from llava.model.processors import TOKENIZER_FILES, load_image_processor, load_tokenizer
 from llava.utils import UserError
 
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float64": torch.float64,
-}
-_ATTENTION = ("sdpa", "eager", "flash_attention_2")
+__all__ = [
+    "check_device",
+    "context_length",
+    "default_device",
+    "load_image_processor",
+    "load_pretrained_model",
+    "load_tokenizer",
+    "parse_dtype",
+]
+
 _DEFAULT_CONTEXT = 2048
 # Below this many bytes loading takes a moment and a progress bar is noise.
 _PROGRESS_FROM = 1 << 28
@@ -83,9 +84,9 @@ def load_pretrained_model(
     Raises:
         UserError: one line that says what is wrong; before any weights are read.
     """
-    placement = _placement(device, device_map, dtype)
-    attention = _attention(attn_implementation, use_flash_attn, placement)
-    quantization = _quantization(load_8bit, load_4bit)
+    placement = placement_for(device, device_map, dtype)
+    attention = attention_for(attn_implementation, use_flash_attn, placement)
+    quantization = quantization_for(load_8bit, load_4bit)
     name = model_name or Path(str(model_path).rstrip("/")).name
     source = _open(model_path, model_base, name)
     tokenizer = load_tokenizer(source.tokenizer_folder)
@@ -130,119 +131,6 @@ def context_length(config: Any) -> int:
         if getattr(config, key, None):
             return int(getattr(config, key))
     return _DEFAULT_CONTEXT
-
-
-# --- arguments ---
-
-
-@dataclass(frozen=True)
-class _Placement:
-    device_map: Any
-    dtype: torch.dtype
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from its name (``float16``, ``fp16``, …).
-
-    Raises:
-        UserError: no such dtype for weights.
-    """
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
-        return dtype
-    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
-        return DTYPES[dtype.removeprefix("torch.")]
-    raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it.
-
-    Raises:
-        UserError: it has not, or the name is none.
-    """
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is unknown; use cpu, cuda, cuda:N or mps") from error
-    if found.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"device {str(device)!r} was asked for, but torch sees no CUDA GPU here; use --device cpu")
-        if found.index is not None and found.index >= torch.cuda.device_count():
-            raise UserError(f"device {str(device)!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    elif found.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("device 'mps' was asked for, but this is no Mac with Metal; use --device cpu")
-    elif found.type != "cpu":
-        raise UserError(f"device {str(device)!r} is not supported; use cpu, cuda, cuda:N or mps")
-    return found
-
-
-def default_device() -> torch.device:
-    """cuda, else mps, else cpu."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _placement(device: Any, device_map: Any, dtype: Any) -> _Placement:
-    main = check_device(device) if device is not None else default_device()
-    if isinstance(device_map, (str, torch.device)) and device_map not in (
-        "auto",
-        "balanced",
-        "balanced_low_0",
-        "sequential",
-    ):
-        main = check_device(device_map)
-        device_map = {"": main}
-    elif isinstance(device_map, dict):
-        for place in device_map.values():
-            if isinstance(place, int):
-                place = f"cuda:{place}"
-            if place != "disk":
-                check_device(place)
-    elif device_map is None:
-        device_map = {"": main}
-    if dtype is None:
-        dtype = torch.float32 if main.type == "cpu" else torch.float16
-    return _Placement(device_map, parse_dtype(dtype))
-
-
-def _attention(asked: str | None, use_flash_attn: bool, placement: _Placement) -> str:
-    if use_flash_attn:
-        asked = asked or "flash_attention_2"
-    name = asked or "sdpa"
-    if name not in _ATTENTION:
-        raise UserError(f"attn_implementation {name!r} is unknown; choose one of {', '.join(_ATTENTION)}")
-    if name == "flash_attention_2":
-        if not is_flash_attn_2_available():
-            raise UserError(
-                "flash_attention_2 needs a CUDA GPU and the extra 'flash': pip install 'llava-visipruner[flash]'"
-            )
-        if placement.dtype not in (torch.float16, torch.bfloat16):
-            raise UserError(f"flash_attention_2 works in float16 and bfloat16, not in {placement.dtype}")
-    return name
-
-
-def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None:
-    if not (load_8bit or load_4bit):
-        return None
-    if load_8bit and load_4bit:
-        raise UserError("load_8bit and load_4bit exclude each other")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "8- and 4-bit loading needs bitsandbytes, the extra 'quant': pip install 'llava-visipruner[quant]'"
-        )
-    # transformers matches these from the start of a module's full name.
-    whole = ["lm_head", "model.mm_projector", "model.vision_tower"]
-    if load_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.float16,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-        llm_int8_skip_modules=whole,
-    )
 
 
 # --- what the checkpoint is ---
@@ -318,7 +206,7 @@ def _open_on_base(
     if "lm_head.weight" in weights:
         # Fine-tuning may have added tokens that the base's config does not count.
         config.vocab_size = checkpoint.shape_of(weights["lm_head.weight"])[0]
-    has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
     tokenizer_folder = folder if is_adapter and has_tokenizer else base_folder
     return _Source(folder, config, weights, tokenizer_folder, folder if is_adapter else None)
 
@@ -359,78 +247,6 @@ def _add_tower(source: _Source) -> None:
             "mm_vision_tower in config.json may name a downloaded folder"
         ) from error
     source.weights |= key_mapping.tower_names(checkpoint.open_weights(folder))
-
-
-# --- tokenizer and image processor ---
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint: ``tokenizer.json`` as it is, else LLaMA's from ``tokenizer.model``.
-
-    Raises:
-        UserError: neither is there, or it cannot be read.
-    """
-    as_json, as_sentencepiece = (folder / file for file in _TOKENIZER_FILES)
-    if not as_json.is_file() and not as_sentencepiece.is_file():
-        raise UserError(f"{folder} has no tokenizer ({' or '.join(_TOKENIZER_FILES)})")
-    try:
-        if as_json.is_file():
-            return PreTrainedTokenizerFast.from_pretrained(str(folder))
-        return _sentencepiece_tokenizer(folder)
-    except Exception as error:  # sentencepiece, tokenizers and transformers all raise their own
-        raise UserError(f"cannot read the tokenizer in {folder}: {error}") from error
-
-
-def _sentencepiece_tokenizer(folder: Path) -> Any:
-    settings_file = folder / "tokenizer_config.json"
-    settings = checkpoint.read_json(settings_file) if settings_file.is_file() else {}
-    tokenizer = LlamaTokenizer.from_pretrained(str(folder), add_bos_token=settings.get("add_bos_token", True))
-    # sentencepiece puts its "▁" before any text; transformers' own tokenizer leaves it out where a space is there
-    # already. Text after an image often starts with one.
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("^ "), "  ")
-    return tokenizer
-
-
-_PROCESSOR_KEYS = (
-    "do_resize",
-    "size",
-    "resample",
-    "do_center_crop",
-    "crop_size",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "do_convert_rgb",
-)
-
-
-def load_image_processor(folder: Path, config: Any) -> Any:
-    """The checkpoint's own CLIP processor, else its tower's, else CLIP's defaults at the tower's size.
-
-    ``None`` for a model without a vision tower.
-    """
-    if not has_vision_tower(config):
-        return None
-    settings = _processor_settings(folder)
-    name = tower_name(config)
-    if settings is None and name is not None and name not in KNOWN_TOWERS:
-        settings = _processor_settings(checkpoint.resolve_folder(name))
-    side = vision_config_of(config).image_size
-    defaults = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    given = {key: value for key, value in (settings or {}).items() if key in _PROCESSOR_KEYS}
-    return CLIPImageProcessorPil(**{**defaults, **given})
-
-
-def _processor_settings(folder: Path) -> dict[str, Any] | None:
-    if (folder / "preprocessor_config.json").is_file():
-        return checkpoint.read_json(folder / "preprocessor_config.json")
-    if (folder / "processor_config.json").is_file():
-        return checkpoint.read_json(folder / "processor_config.json").get("image_processor")
-    return None
 
 
 # --- after the weights ---
