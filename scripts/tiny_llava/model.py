@@ -20,6 +20,7 @@ from .tokenizer import TEMPLATE
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 CONTEXT_LENGTH = 1024
+GLYPH_WEIGHT = 3.0  # of the patch labels, the one that is learned last
 
 
 def build_config(vocab_size: int) -> LlavaConfig:
@@ -160,5 +161,5 @@ def patch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     for number, part in enumerate(logits.float().split(list(LABELS.values()), dim=-1)):
         loss = F.cross_entropy(part.flatten(0, 1), labels[..., number].flatten(), reduction="none")
         counts = (something.float() if number >= 4 else weight).flatten()
-        total = total + (loss * counts).sum() / counts.sum().clamp(min=1)
+        total = total + (GLYPH_WEIGHT if number == 2 else 1) * (loss * counts).sum() / counts.sum().clamp(min=1)
     return total / len(LABELS)

@@ -206,6 +206,20 @@ def ask_relation(scene: Scene, rng: random.Random, yes: bool | None = None) -> Q
     return Question(f"Is the {one} {said} the {other}?", _word(yes), "relation", "verify", "rel")
 
 
+def ask_grid(scene: Scene, rng: random.Random) -> Question | None:
+    """For training only: where a thing is, by column and row; says more about places than yes and no do."""
+    item = rng.choice(scene.items)
+    name = _refer(scene, item, rng)
+    return Question(f"What is the column and row of the {name}?", _grid(item.cx, item.cy), "grid", "", "") if name else None
+
+
+def ask_at(scene: Scene, rng: random.Random) -> Question | None:
+    """For training only: the colour or shape of the thing at a place."""
+    item = rng.choice(scene.items)
+    kind, answer = rng.choice((("color", item.color), ("shape", item.shape)))
+    return Question(f"What {kind} is at {_grid(item.cx, item.cy)}?", answer, "grid", "", "")
+
+
 def ask_text(scene: Scene, rng: random.Random) -> Question | None:
     """What the text says."""
     if not scene.text:
@@ -265,11 +279,13 @@ WRITERS: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_color: 0.7,
     ask_existence: 0.8,
     ask_count: 1.0,
-    ask_position: 4.0,
-    ask_relation: 3.0,
-    ask_text: 1.8,
+    ask_position: 2.5,
+    ask_relation: 2.5,
+    ask_text: 2.0,
     ask_spelling: 0.4,
     ask_text_with_reference: 0.4,
+    ask_grid: 4.0,
+    ask_at: 1.5,
 }
 TASKS = ("attribute", "color", "existence", "count", "position", "relation", "text", "spelling", "text_ocr")
 
