@@ -151,7 +151,7 @@ def picture_batch(encoder: Encoder, rng: random.Random, size: int, easy: float, 
         else:
             scene = make_scene(rng)
             shown, said = np.asarray(render(scene)), patch_labels(scene)
-            questions = write_questions(scene, rng, SIDE_BY_SIDE) if ask else []
+            questions = write_questions(scene, rng, SIDE_BY_SIDE, training=True) if ask else []
         rows, kinds = encoder.pack(_conversations(questions, rng))
         pixels.append(shown)
         labels.append(said)
@@ -169,7 +169,7 @@ def word_batch(encoder: Encoder, rng: random.Random, size: int) -> Batch:
         scene = make_scene(rng)
         ids = encoder.words(describe(scene, rng))
         words[row, : len(ids)], valid[row, : len(ids)] = ids, True
-        asked, kinds = encoder.pack(_conversations(write_questions(scene, rng, SIDE_BY_SIDE), rng))
+        asked, kinds = encoder.pack(_conversations(write_questions(scene, rng, SIDE_BY_SIDE, training=True), rng))
         packed.append(asked)
         tasks.append(kinds)
     return _stack(packed, tasks, words=words, valid=valid)

@@ -210,7 +210,11 @@ def ask_grid(scene: Scene, rng: random.Random) -> Question | None:
     """For training only: where a thing is, by column and row; says more about places than yes and no do."""
     item = rng.choice(scene.items)
     name = _refer(scene, item, rng)
-    return Question(f"What is the column and row of the {name}?", _grid(item.cx, item.cy), "grid", "", "") if name else None
+    return (
+        Question(f"What is the column and row of the {name}?", _grid(item.cx, item.cy), "grid", "", "")
+        if name
+        else None
+    )
 
 
 def ask_at(scene: Scene, rng: random.Random) -> Question | None:
@@ -287,12 +291,17 @@ WRITERS: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_grid: 4.0,
     ask_at: 1.5,
 }
+TRAINING_ONLY = (ask_grid, ask_at)
 TASKS = ("attribute", "color", "existence", "count", "position", "relation", "text", "spelling", "text_ocr")
 
 
-def write_questions(scene: Scene, rng: random.Random, count: int) -> list[Question]:
-    """At most `count` different questions about the scene, families drawn by the weights in `WRITERS`."""
-    writers, weights = list(WRITERS), list(WRITERS.values())
+def write_questions(scene: Scene, rng: random.Random, count: int, training: bool = False) -> list[Question]:
+    """At most `count` different questions about the scene, families drawn by the weights in `WRITERS`.
+
+    Families that are only a means to learn the others are asked with `training`.
+    """
+    asked = {writer: weight for writer, weight in WRITERS.items() if training or writer not in TRAINING_ONLY}
+    writers, weights = list(asked), list(asked.values())
     questions: dict[str, Question] = {}
     for _ in range(4 * count):
         if len(questions) == count:
