@@ -70,9 +70,16 @@ def top_tokens(probabilities: np.ndarray, tokenizer: Any, k: int = 5) -> TopToke
     order = np.argsort(-np.nan_to_num(probabilities), axis=-1, kind="stable")[..., :k]
     pieces = tokenizer.convert_ids_to_tokens(order.reshape(-1).tolist())
     # Ids behind the vocabulary (padded embedding tables) have no piece.
-    named = [piece if piece is not None else f"<{each}>" for piece, each in zip(pieces, order.flat, strict=True)]
+    named = [
+        readable(piece) if piece is not None else f"<{each}>" for piece, each in zip(pieces, order.flat, strict=True)
+    ]
     texts = np.where(is_there, np.array(named, dtype=object).reshape(order.shape), "")
     return TopTokens(order, np.take_along_axis(probabilities, order, axis=-1), texts)
+
+
+def readable(piece: str) -> str:
+    """A vocabulary's piece for people, whatever its alphabet: "▁" for a leading space, "↵" for a line end."""
+    return piece.replace("\u0120", "▁").replace("\u010a", "↵").replace("\n", "↵")
 
 
 def logit_lens(model: nn.Module, tokenizer: Any, row: RowRecord, k: int = 5) -> TopTokens:

@@ -16,6 +16,7 @@ from llava.serve.chat import ChatModel, GenerationOptions, Picture, Turn
 from llava.utils import UserError
 
 from .geometry import PatchMap, patch_map
+from .lenses import readable
 from .record import Recording, RowRecord, record
 
 
@@ -107,7 +108,7 @@ def observe(
         answer = chat.answer(prompt, None, options)
 
     def pieces(ids: Iterable[int]) -> list[str]:
-        return [str(piece) for piece in chat.tokenizer.convert_ids_to_tokens(list(ids))]
+        return [readable(str(piece)) for piece in chat.tokenizer.convert_ids_to_tokens(list(ids))]
 
     labels = pieces(ids[:first]) + [f"patch {number}" for number in range(prompt.num_visual)]
     labels += pieces(ids[first + 1 :]) + pieces(answer.ids)
