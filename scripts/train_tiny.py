@@ -1,10 +1,10 @@
 """Train the model that ships with the project, from nothing, and write it as a LLaVA checkpoint.
 
-    python scripts/train_tiny.py                                    # the whole curriculum, into runs/tiny; resumes
-    python scripts/train_tiny.py --export llava/assets/tiny_llava   # its last checkpoint as a LLaVA folder
-    python scripts/train_tiny.py --tune llava/assets/tiny_llava     # find its pruning_config.json
-    python scripts/train_tiny.py --measure llava/assets/tiny_llava  # write its accuracy.json
-    python scripts/train_tiny.py --smoke --out /tmp/smoke
+python scripts/train_tiny.py                                    # the whole curriculum, into runs/tiny; resumes
+python scripts/train_tiny.py --export llava/assets/tiny_llava   # its last checkpoint as a LLaVA folder
+python scripts/train_tiny.py --tune llava/assets/tiny_llava     # find its pruning_config.json
+python scripts/train_tiny.py --measure llava/assets/tiny_llava  # write its accuracy.json
+python scripts/train_tiny.py --smoke --out /tmp/smoke
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from tiny_llava.card import card
 from tiny_llava.export import export, write_json
 from tiny_llava.measure import accuracy_report, search
-from tiny_llava.train import CURRICULA, Run
+from tiny_llava.train import CURRICULA, Run, effort
 from torch import distributed
 
 
@@ -45,6 +47,7 @@ def main() -> None:
     if arguments.export:
         run = Run(arguments.out, CURRICULA[arguments.curriculum], arguments.seed)
         export(run.averaged.module, run.tokenizer, arguments.export)
+        shutil.copy(arguments.out / "log.jsonl", arguments.export / "training_log.jsonl")
         return
     if arguments.tune:
         found = search(arguments.tune)
@@ -52,7 +55,10 @@ def main() -> None:
         write_json(arguments.tune / "pruning_config.json", found["best"])
         return
     if arguments.measure:
-        write_json(arguments.measure / "accuracy.json", accuracy_report(arguments.measure))
+        report = accuracy_report(arguments.measure)
+        write_json(arguments.measure / "accuracy.json", report)
+        pictures, minutes = effort(arguments.measure / "training_log.jsonl")
+        (arguments.measure / "README.md").write_text(card(report, pictures, minutes))
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from .easyvqa import easy_by_image, easy_labels, easy_picture
-from .questions import INSTRUCTION, YES_NO, Question, describe, write_questions
-from .renderer import SIDE, make_scene, patch_labels, render
+from .questions import INSTRUCTION, YES_NO, Question, describe, mentions, write_questions
+from .renderer import SIDE, make_scene, patch_labels, patches_of, render
 from .tokenizer import prompt, split_prompt
 
 NEWLINE = "\n"
@@ -41,6 +41,8 @@ class Batch:
     places: torch.Tensor
     targets: torch.Tensor
     tasks: list[list[str]]
+    pointers: torch.Tensor | None = None  # [n, 2]: sample, and row behind the picture where a name ends
+    pointed: torch.Tensor | None = None  # bool [n, 144]: the patches of what it names
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -80,21 +82,31 @@ class Encoder:
         """Ids of a description, in the place of the picture."""
         return list(self._tokenize(text))
 
-    def pack(self, turns: Iterable[tuple[tuple[tuple[str, str], ...], str]]) -> tuple[np.ndarray, list[str]]:
-        """Ids, segments, places and targets [4, TAIL] of the conversations that fit, and their tasks."""
+    def name_ends(self, question: str, end: int) -> int:
+        """Row, within the ids of a conversation that starts with this question, of the last id of `question[:end]`."""
+        return len(self._ids(NEWLINE + question[:end])) - 1
+
+    def pack(
+        self, turns: Iterable[tuple[tuple[tuple[str, str], ...], str]]
+    ) -> tuple[np.ndarray, list[str], list[tuple[int, str]]]:
+        """Ids, segments, places and targets [4, TAIL] of the conversations that fit, their tasks, and their starts.
+
+        A start is the first row of a conversation, with its first question.
+        """
         rows = np.zeros((4, TAIL), dtype=np.int64)
         rows[3] = -100
-        used, tasks = 0, []
+        used, tasks, starts = 0, [], []
         for turn, task in turns:
             ids, targets = self.turn(turn)
             end = used + len(ids)
             if end > TAIL:
                 continue
             tasks.append(task)
+            starts.append((used, turn[0][0]))
             rows[0, used:end], rows[1, used:end] = ids, len(tasks)
             rows[2, used:end], rows[3, used:end] = range(len(ids)), targets
             used = end
-        return rows, tasks
+        return rows, tasks, starts
 
 
 def phrase(question: Question, rng: random.Random) -> str:
@@ -143,7 +155,10 @@ def _easy_questions(questions: list[tuple[str, str]], rng: random.Random) -> lis
 def picture_batch(encoder: Encoder, rng: random.Random, size: int, easy: float, ask: bool = True) -> Batch:
     """Pictures with questions (none unless `ask`); the share `easy` of them from easy-VQA's training split."""
     pixels, labels, packed, tasks = [], [], [], []
+    pointers: list[tuple[int, int]] = []
+    pointed: list[np.ndarray] = []
     for _ in range(size):
+        scene = None
         if rng.random() < easy:
             image, asked = rng.choice(easy_by_image("train"))
             shown, said = _easy_sample("train", image)
@@ -152,11 +167,18 @@ def picture_batch(encoder: Encoder, rng: random.Random, size: int, easy: float, 
             scene = make_scene(rng)
             shown, said = np.asarray(render(scene)), patch_labels(scene)
             questions = write_questions(scene, rng, SIDE_BY_SIDE, training=True) if ask else []
-        rows, kinds = encoder.pack(_conversations(questions, rng))
+        rows, kinds, starts = encoder.pack(_conversations(questions, rng))
+        if scene:
+            for start, text in starts:
+                for end, item in mentions(scene, text):
+                    pointers.append((len(pixels), start + encoder.name_ends(text, end)))
+                    pointed.append(patches_of(said, item))
         pixels.append(shown)
         labels.append(said)
         packed.append(rows)
         tasks.append(kinds)
+    if pointers:
+        return _stack(packed, tasks, pixels=pixels, labels=labels, pointers=pointers, pointed=pointed)
     return _stack(packed, tasks, pixels=pixels, labels=labels)
 
 
@@ -169,7 +191,7 @@ def word_batch(encoder: Encoder, rng: random.Random, size: int) -> Batch:
         scene = make_scene(rng)
         ids = encoder.words(describe(scene, rng))
         words[row, : len(ids)], valid[row, : len(ids)] = ids, True
-        asked, kinds = encoder.pack(_conversations(write_questions(scene, rng, SIDE_BY_SIDE, training=True), rng))
+        asked, kinds, _ = encoder.pack(_conversations(write_questions(scene, rng, SIDE_BY_SIDE, training=True), rng))
         packed.append(asked)
         tasks.append(kinds)
     return _stack(packed, tasks, words=words, valid=valid)
@@ -182,7 +204,7 @@ def held_out_batch(encoder: Encoder, start: int, size: int, split: str = "valida
         rng = random.Random(f"{split}/{index}")
         scene = make_scene(rng)
         questions = write_questions(scene, rng, SIDE_BY_SIDE)
-        rows, kinds = encoder.pack([(((phrase(q, rng), q.answer),), q.task) for q in questions])
+        rows, kinds, _ = encoder.pack([(((phrase(q, rng), q.answer),), q.task) for q in questions])
         pixels.append(np.asarray(render(scene)))
         labels.append(patch_labels(scene))
         packed.append(rows)
@@ -196,7 +218,7 @@ def easy_batches(encoder: Encoder, split: str, size: int, limit: int | None = No
     for image, asked in easy_by_image(split)[:limit]:
         left = [(((text, answer),), "easy-VQA") for text, answer in asked]
         while left:
-            rows, kinds = encoder.pack(left)
+            rows, kinds, _ = encoder.pack(left)
             samples.append((*_easy_sample(split, image), rows, kinds))
             left = left[len(kinds) :]
     while len(samples) % size:  # equal shapes compile once; the filling has no questions

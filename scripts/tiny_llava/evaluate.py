@@ -28,15 +28,19 @@ def interval(correct: int, count: int) -> tuple[float, float]:
 
 def logits_of(
     learner: Learner, before: torch.Tensor, batch: Batch, blind: Container[int] = ()
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Answer logits [B, T, vocabulary], and patch logits where the batch has pictures."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Answer logits [B, T, vocabulary], patch logits where the batch has pictures, and the pointing loss."""
     if batch.pixels is None:
         context, valid, patches = learner.llava.model.embed_tokens(batch.words), batch.valid, None
     else:
         features = learner.features(batch.pixels)
         context, patches = learner.project(features), learner.patch_logits(features)
         valid = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-    return learner.answer_logits(context, valid, before, batch.ids, batch.segments, batch.places, blind), patches
+    pointing = None if batch.pointers is None else (batch.pointers, batch.pointed)
+    logits, astray = learner.answer_logits(
+        context, valid, before, batch.ids, batch.segments, batch.places, blind, pointing
+    )
+    return logits, patches, astray
 
 
 @torch.no_grad()
@@ -49,7 +53,7 @@ def evaluate(
     for batch in batches:
         moved = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            logits, _ = logits_of(learner, before, moved, blind)
+            logits, _, _ = logits_of(learner, before, moved, blind)
         wrong = (logits.argmax(-1) != moved.targets) & (moved.targets != -100)
         for row, tasks in enumerate(batch.tasks):
             missed = set(moved.segments[row][wrong[row]].tolist())

@@ -12,6 +12,7 @@ from collections.abc import Container
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
@@ -20,6 +21,7 @@ from .tokenizer import TEMPLATE
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 CONTEXT_LENGTH = 1024
+POINTING_LAYERS = (3, 5)
 GLYPH_WEIGHT = 3.0  # of the patch labels, the one that is learned last
 
 
@@ -93,12 +95,16 @@ class Learner(nn.Module):
         segments: torch.Tensor,
         places: torch.Tensor,
         blind: Container[int] = (),
-    ) -> torch.Tensor:
-        """Logits [B, T, vocabulary] for questions that share a context and do not see each other.
+        pointing: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, T, vocabulary] for questions that share a context and do not see each other; pointing loss.
 
         `context` [B, C, 128] are projected patches or embedded words, `valid` bool [B, C] which of them count;
         `before` [P] are the ids in front of them; `ids`, `segments` (1, 2, … a question; 0 padding) and `places`
         (position behind the context) are [B, T]. In the layers that `blind` holds, questions do not see the context.
+
+        `pointing` is [n, 2] (sample, row behind the context) where a thing's name ends, and bool [n, C], its
+        patches: the loss is how far the first head of `POINTING_LAYERS` is from looking there (0 without).
         """
         model = self.llava.model
         batch = context.shape[0]
@@ -118,10 +124,28 @@ class Learner(nn.Module):
         ahead = shared.cumsum(1) - 1
         positions = torch.cat([ahead.clamp(min=0), places + ahead[:, -1:] + 1], dim=1)
         angles = model.rotary_emb(hidden, position_ids=positions)
+        astray = hidden.new_zeros(())
         for number, layer in enumerate(model.layers):
+            if pointing is not None and number in POINTING_LAYERS:
+                astray = astray + self._astray(layer, hidden, angles, (start, end), *pointing)
             mask = unsighted if number in blind else sighted
             hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=angles)
-        return self.llava.lm_head(model.norm(hidden[:, shared.shape[1] :]))
+        return self.llava.lm_head(model.norm(hidden[:, end:])), astray
+
+    def _astray(self, layer, hidden, angles, context: tuple[int, int], pointers, pointed) -> torch.Tensor:
+        """Cross-entropy between where head 0 looks in the context and what it should look at."""
+        width = self.llava.config.head_dim
+        start, end = context
+        normed = layer.input_layernorm(hidden)
+        sample, row = pointers[:, 0], pointers[:, 1] + end
+        rotation, turned = angles
+        query = layer.self_attn.q_proj(normed[sample, row])[:, None, None, :width]
+        key = layer.self_attn.k_proj(normed[:, start:end])[:, None, :, :width]
+        query, _ = apply_rotary_pos_emb(query, query, rotation[sample, row][:, None], turned[sample, row][:, None])
+        key, _ = apply_rotary_pos_emb(key, key, rotation[:, start:end], turned[:, start:end])
+        scores = (query[:, 0] @ key[:, 0][sample].transpose(1, 2))[:, 0].float() / width**0.5
+        there = scores.masked_fill(~pointed, -torch.inf).logsumexp(1)
+        return (scores.logsumexp(1) - there).mean()
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Features → rows of the decoder."""

@@ -8,6 +8,7 @@ about the answer. Only clear-cut cases are asked: centres differ by at least `CL
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -64,6 +65,26 @@ def _references(scene: Scene, item: Item, *, color: bool = True, shape: bool = T
 def _refer(scene: Scene, item: Item, rng: random.Random, **without: bool) -> str | None:
     names = _references(scene, item, **without)
     return rng.choice(names) if names else None
+
+
+_MENTION = re.compile(
+    rf"(?:the (?:(?P<size>small|large) )?(?:(?P<color>{'|'.join(COLORS)}) )?(?P<shape>{'|'.join(SHAPES)}|shape)\b)"
+    r"|at column(?P<column>\d+) row(?P<row>\d+)"
+)
+
+
+def mentions(scene: Scene, text: str) -> list[tuple[int, Item]]:
+    """The things of the scene that a question names without doubt, each with where its name ends in the text."""
+    found = []
+    for match in _MENTION.finditer(text):
+        if match["column"]:
+            here = [item for item in scene.items if f"at {_grid(item.cx, item.cy)}" == match[0]]
+        else:
+            shape = None if match["shape"] == "shape" else match["shape"]
+            here = _matching(scene, shape, match["color"], match["size"])
+        if len(here) == 1:
+            found.append((match.end(), here[0]))
+    return found
 
 
 def _yes(rng: random.Random) -> bool:

@@ -263,6 +263,12 @@ def _cell(value: float) -> int:
     return min(GRID - 1, max(0, int(value // PATCH)))
 
 
+def patches_of(labels: np.ndarray, item: Item) -> np.ndarray:
+    """Which patches, bool [144], belong to an item of the scene that `patch_labels` labelled."""
+    names = (list(SHAPES).index(item.shape) + 1, list(COLORS).index(item.color) + 1, _cell(item.cx), _cell(item.cy))
+    return (labels[:, [0, 1, 4, 5]] == names).all(axis=1)
+
+
 def patch_labels(scene: Scene) -> np.ndarray:
     """What stands where: int64 [144, 6], one row a patch in reading order, columns as in `LABELS`."""
     shapes, colors = list(SHAPES), list(COLORS)

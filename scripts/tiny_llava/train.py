@@ -20,6 +20,7 @@ from .model import Learner, answer_loss, patch_loss
 from .tokenizer import build_tokenizer
 
 PATCH_LOSS_WEIGHT = 0.3
+POINTING_WEIGHT = 0.2  # of the loss that looks at what a question names
 AVERAGING = 0.98  # of the averaged weights, what stays at every step
 
 
@@ -47,7 +48,7 @@ CURRICULA: dict[str, tuple[Stage, ...]] = {
         Stage("tower", 320, 64, 3e-3),
         Stage("language", 240, 32, 3e-3, decay=0.4),
         Stage("align", 40, 32, 3e-3, decay=0.3),
-        Stage("joint", 1700, 32, 3e-3, decay=0.7),
+        Stage("joint", 1850, 32, 1.5e-3, decay=0.45),
     ),
     "scratch": (
         Stage("tower", 320, 64, 3e-3),
@@ -192,13 +193,16 @@ class Run:
                 return loss, {"patch": loss.detach()}
             layers = len(self.learner.llava.model.layers)
             blind = range(rng.randrange(2 * layers // 3, layers), layers) if rng.random() < stage.blind else ()
-            logits, patches = logits_of(self.learner, self.before, batch, blind)
+            logits, patches, astray = logits_of(self.learner, self.before, batch, blind)
         loss = answer_loss(logits, batch.targets)
         parts = {"answer": loss.detach()}
         if patches is not None and stage.kind == "joint":
             labels = patch_loss(patches, batch.labels)
             parts["patch"] = labels.detach()
             loss = loss + PATCH_LOSS_WEIGHT * labels
+        if batch.pointers is not None and not blind:
+            parts["pointing"] = astray.detach()
+            loss = loss + POINTING_WEIGHT * astray
         return loss, parts
 
     def _average(self, gradients: list[torch.Tensor]) -> None:
@@ -258,3 +262,13 @@ class Run:
         results |= measure(learner, self.before, easy)
         self.log(step=self.step, accuracy=summary(results))
         return results
+
+
+def effort(log: Path) -> tuple[int, int]:
+    """Pictures (and scenes in words) that a run's log says were seen, and its minutes."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    seen: dict[str, int] = {}
+    for entry in entries:
+        if "pictures" in entry:
+            seen[entry["kind"]] = max(seen.get(entry["kind"], 0), entry["pictures"])
+    return sum(seen.values()), round(max(entry["seconds"] for entry in entries) / 60)
