@@ -33,7 +33,7 @@ class Prepared:
         ids: prompt ids.
         pixels: float ``[3, S, S]`` or ``[tiles, 3, S, S]``; None without an image.
         size: the picture's width and height.
-        num_visual: rows that the picture becomes.
+        num_rows, num_visual: rows of the prompt with the picture in place, and those of them from the picture.
         room: how many tokens the answer may have before the context is full.
         error: set instead of all these.
     """
@@ -42,9 +42,20 @@ class Prepared:
     ids: list[int] | None = None
     pixels: torch.Tensor | None = None
     size: tuple[int, int] | None = None
+    num_rows: int = 0
     num_visual: int = 0
     room: int = 0
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a batch took: its questions, all tokens they got, seconds until the first token and in all."""
+
+    size: int
+    new_tokens: int
+    first_token_seconds: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -53,20 +64,18 @@ class Reply:
 
     Attributes:
         trace: what was pruned; None in a dense run.
-        num_visual: visual rows of the prompt.
+        num_rows, num_visual: rows of the prompt, and those of them from the picture.
         new_tokens: tokens generated, the end token included.
-        first_token_seconds, seconds: of the question's whole batch: until the first token, and in all.
-        batch_size: questions in that batch.
+        batch: the batch it was answered in, one object for all its questions.
     """
 
     question: Question
     text: str
     trace: PruningTrace | None
+    num_rows: int
     num_visual: int
     new_tokens: int
-    first_token_seconds: float
-    seconds: float
-    batch_size: int
+    batch: Batch
 
     @property
     def kept(self) -> int:
@@ -74,6 +83,19 @@ class Reply:
         if self.trace is None or (self.trace.select_layer is None and self.trace.exit_layer is None):
             return self.num_visual
         return len(self.trace.kept_positions)
+
+
+def trace_record(reply: Reply, flops_saved: dict[str, float]) -> dict[str, Any]:
+    """A line of a trace file: what was pruned for one question, and the fraction of FLOPs that this saved."""
+    assert reply.trace is not None
+    return {
+        "line": reply.question.line,
+        "question_id": reply.question.question_id,
+        "visual_tokens": reply.num_visual,
+        "kept": reply.kept,
+        "flops_saved": flops_saved,
+        **reply.trace.to_dict(),
+    }
 
 
 def prepare(question: Question, checkpoint: Checkpoint, tokenizer_lock: AbstractContextManager[Any]) -> Prepared:
@@ -86,7 +108,7 @@ def prepare(question: Question, checkpoint: Checkpoint, tokenizer_lock: Abstract
         return Prepared(question, error=str(error))
     pixels, size = (pictures[0].pixels, pictures[0].image.size) if pictures else (None, None)
     room = checkpoint.context_len - prompt.num_rows
-    return Prepared(question, prompt.ids[0].tolist(), pixels, size, prompt.num_visual, room)
+    return Prepared(question, prompt.ids[0].tolist(), pixels, size, prompt.num_rows, prompt.num_visual, room)
 
 
 def prepared_batches(
@@ -232,21 +254,12 @@ class Responder:
         traces: list[PruningTrace | None] = [None] * len(batch)
         if self.config is not None:
             traces = list(self.model.last_pruning_traces)
-        replies = []
-        for item, row, trace in zip(batch, new_ids.tolist(), traces, strict=True):
-            tokens = self._own_tokens(row, item.room)
-            reply = Reply(
-                question=item.question,
-                text=self._text(tokens),
-                trace=trace,
-                num_visual=item.num_visual,
-                new_tokens=len(tokens),
-                first_token_seconds=first,
-                seconds=seconds,
-                batch_size=len(batch),
-            )
-            replies.append(reply)
-        return replies
+        tokens = [self._own_tokens(row, item.room) for item, row in zip(batch, new_ids.tolist(), strict=True)]
+        asked = Batch(len(batch), sum(map(len, tokens)), first, seconds)
+        return [
+            Reply(item.question, self._text(own), trace, item.num_rows, item.num_visual, len(own), asked)
+            for item, own, trace in zip(batch, tokens, traces, strict=True)
+        ]
 
     def _own_tokens(self, row: list[int], room: int) -> list[int]:
         """A sample's tokens up to its end token: what follows is padding that its longer neighbours caused."""

@@ -22,7 +22,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from llava.eval.answering import Reply, Responder, default_workers, prepared_batches
+from llava.eval.answering import Reply, Responder, default_workers, prepared_batches, trace_record
 from llava.eval.files import move_aside, sha256_of
 from llava.eval.launch import Launch
 from llava.eval.questions import Question, chunk, read_questions
@@ -283,7 +283,7 @@ class _Run:
                 saved = [savings(reply.trace, shape) if reply.trace else {} for reply in replies]
                 if traces:
                     traces.append(
-                        _trace_record(reply, flops) for reply, flops in zip(replies, saved, strict=True) if reply.trace
+                        trace_record(reply, flops) for reply, flops in zip(replies, saved, strict=True) if reply.trace
                     )
                 answers.append(answer_record(reply.question, reply.text, self.checkpoint.name) for reply in replies)
                 progress.update(len(batch), replies, saved)
@@ -329,18 +329,6 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.launch.is_main:
             print(text, flush=True)
-
-
-def _trace_record(reply: Reply, flops_saved: dict[str, float]) -> dict[str, Any]:
-    assert reply.trace is not None
-    return {
-        "line": reply.question.line,
-        "question_id": reply.question.question_id,
-        "visual_tokens": reply.num_visual,
-        "kept": reply.kept,
-        "flops_saved": flops_saved,
-        **reply.trace.to_dict(),
-    }
 
 
 class _Progress:

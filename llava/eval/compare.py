@@ -1,0 +1,396 @@
+"""Dense and pruned on the same questions: scores, agreement, what was kept, FLOPs, memory and the clock.
+
+``python -m llava.eval.compare --benchmark gqa --benchmark textvqa -o comparison`` compares the shipped model dense and
+with its own pruning config. Every batch is asked under every config in turn, so that all meet the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from llava.constants import SHIPPED_MODEL_PATH
+from llava.eval.answering import Prepared, Reply, Responder, default_workers, prepared_batches, trace_record
+from llava.eval.benchmarks import BENCHMARKS, published
+from llava.eval.files import move_aside, sha256_of, to_json, to_jsonl, write_whole
+from llava.eval.questions import Question, read_questions
+from llava.eval.run_files import answer_record
+from llava.eval.scoring import cell, mean, show
+from llava.eval.traces import PruningSummary
+from llava.model.builder import load_pretrained_model
+from llava.pruning import PruningConfig, PruningTrace
+from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops, savings
+from llava.serve.chat import Checkpoint, GenerationOptions
+from llava.utils import UserError, run_main
+
+DENSE = "dense"
+
+
+@dataclass
+class Contender:
+    """One way to run the model, and its replies so far."""
+
+    name: str
+    config: PruningConfig | None
+    responder: Responder
+    replies: list[Reply] = field(default_factory=list)
+
+
+# --- measuring ---
+
+
+def kv_bytes(rows_per_layer: Sequence[int], model: Any) -> int:
+    """Bytes of the KV cache right after a prefill that left these rows in each layer."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_row = 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    return sum(rows_per_layer) * bytes_per_row
+
+
+def as_trace(reply: Reply, shape: DecoderShape) -> PruningTrace:
+    """The reply's trace; that of a dense prefill where nothing was pruned."""
+    if reply.trace is not None:
+        return reply.trace
+    prompt = PruningTrace(num_rows=reply.num_rows, visual_positions=list(range(reply.num_visual)))
+    return dense_trace(prompt, shape)
+
+
+def measure(contender: Contender, dense: Contender, model: Any) -> dict[str, Any]:
+    """All figures of one contender but its score."""
+    shape = DecoderShape.of(model)
+    traces = [as_trace(reply, shape) for reply in contender.replies]
+    spent = [flops(trace, shape) for trace in traces]
+    same = [a.text == b.text for a, b in zip(contender.replies, dense.replies, strict=True)]
+    pruning = None
+    if contender.config is not None:
+        records = [
+            trace_record(reply, savings(trace, shape))
+            for reply, trace in zip(contender.replies, traces, strict=True)
+            if reply.trace is not None
+        ]
+        pruning = vars(PruningSummary.of(records))
+    batches = {id(reply.batch): reply.batch for reply in contender.replies}.values()
+    decode_rates = [
+        (batch.new_tokens - batch.size) / (batch.seconds - batch.first_token_seconds)
+        for batch in batches
+        if batch.new_tokens > batch.size and batch.seconds > batch.first_token_seconds
+    ]
+    seconds = sum(batch.seconds for batch in batches)
+    return {
+        "config": contender.config.to_dict() if contender.config else None,
+        "questions": len(contender.replies),
+        "agreement_with_dense": mean(same),
+        "pruning": pruning,
+        "prefill_flops": {name: mean(count[name] for count in spent) for name in CONVENTIONS},
+        "flops_saved": {
+            name: mean(savings(trace, shape)[name] for trace in traces if trace.num_visual) for name in CONVENTIONS
+        },
+        "kv_bytes_after_prefill": mean(kv_bytes(trace.rows_per_layer, model) for trace in traces),
+        "time_to_first_token_s": spread([batch.first_token_seconds for batch in batches]),
+        "decode_tokens_per_s": spread(decode_rates),
+        "questions_per_s": len(contender.replies) / seconds if seconds else None,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Median and 90th percentile; None of nothing."""
+    if len(values) < 2:
+        value = values[0] if values else None
+        return {"median": value, "p90": value}
+    return {"median": statistics.median(values), "p90": statistics.quantiles(values, n=10, method="inclusive")[-1]}
+
+
+def ask_all(contenders: Sequence[Contender], batches: Any, total: int) -> list[tuple[Question, str]]:
+    """Ask every batch of every contender, the order turned from batch to batch. Returns what could not be asked."""
+    failures = []
+    is_warm = False
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=total, unit="q", mininterval=interval, dynamic_ncols=True) as bar:
+        for index, batch in enumerate(batches):
+            failures += [(item.question, item.error) for item in batch if item.error]
+            askable: list[Prepared] = [item for item in batch if not item.error]
+            if askable and not is_warm:
+                for contender in contenders:
+                    contender.responder.answer(askable)  # first use is charged to no one
+                is_warm = True
+            turn = index % len(contenders)
+            for contender in (*contenders[turn:], *contenders[:turn]):
+                if askable:
+                    contender.replies += contender.responder.answer(askable)
+            bar.update(len(batch))
+    return failures
+
+
+# --- what to compare ---
+
+
+def read_configs(given: Sequence[str], checkpoint: Checkpoint) -> dict[str, PruningConfig]:
+    """``NAME=JSON`` or ``NAME=@file`` → configs by name; none given, the one recommended for the model."""
+    if not given:
+        return {"pruned": checkpoint.pruning_config()}
+    configs = {}
+    for text in given:
+        name, equals, written = text.partition("=")
+        if not equals or not name or name == DENSE or name in configs:
+            raise UserError(f"--config {text!r}: NAME=JSON or NAME=@file is needed, each name once and none {DENSE!r}")
+        configs[name] = checkpoint.pruning_config(written)
+    return configs
+
+
+def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """Everything that a figure depends on and that is not the figure."""
+    is_cuda = model.device.type == "cuda"
+    return {
+        "model": str(args.model_path),
+        "model_base": args.model_base,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "hardware": torch.cuda.get_device_name(model.device) if is_cuda else processor_name(),
+        "threads": torch.get_num_threads(),
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "decoding": "greedy",
+        "seed": args.seed,
+        "llava-visipruner": version("llava-visipruner"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": ["python", "-m", "llava.eval.compare", *args.argv],
+    }
+
+
+def processor_name() -> str:
+    """The CPU's name, as far as this system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def compare(
+    args: argparse.Namespace, name: str, loaded: tuple[Any, Any, Checkpoint], configs: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    """Run one benchmark under all configs. Returns its part of the report; the answers go to ``out``."""
+    tokenizer, model, checkpoint = loaded
+    benchmark = BENCHMARKS.get(name)
+    if benchmark is not None:
+        files = benchmark.files(args.data)
+        question_file, image_folder, kind = files.questions, files.images, files.kind
+    else:
+        question_file, image_folder, kind = Path(args.question_file), Path(args.image_folder), "own"
+    questions = read_questions(question_file, image_folder)[: args.limit]
+    options = GenerationOptions(args.max_new_tokens)
+    contenders = [
+        Contender(way, config, Responder(model, tokenizer, checkpoint, config, options, args.batch_size, args.seed))
+        for way, config in {DENSE: None, **configs}.items()
+    ]
+    print(f"{name} ({kind} data): {len(questions)} questions, {len(contenders)} ways", flush=True)
+    workers = default_workers() if args.num_workers is None else args.num_workers
+    failures = ask_all(contenders, prepared_batches(questions, checkpoint, args.batch_size, workers), len(questions))
+    if not contenders[0].replies:
+        raise UserError(f"none of the questions could be asked; the first: {failures[0][1]}")
+    result: dict[str, Any] = {
+        "data": kind,
+        "question_file": str(question_file),
+        "question_file_sha256": sha256_of(question_file),
+        "not_asked": [{"line": question.line + 1, "error": error} for question, error in failures],
+        "published": published(args.model_path, name, kind),
+        "runs": {},
+    }
+    for contender in contenders:
+        answers = out / name / contender.name / "answers.jsonl"
+        write_whole(
+            answers,
+            to_jsonl([answer_record(reply.question, reply.text, checkpoint.name) for reply in contender.replies]),
+        )
+        figures = measure(contender, contenders[0], model)
+        if benchmark is not None:
+            is_partial = len(contender.replies) < len(read_questions(question_file, image_folder))
+            figures = {"scores": benchmark.score(files, answers, allow_partial=is_partial), **figures}
+        result["runs"][contender.name] = figures
+    return result
+
+
+# --- showing ---
+
+_COLUMNS = (
+    "run",
+    "score",
+    "as dense, %",
+    "kept",
+    "select",
+    "exit",
+    *(f"FLOPs saved, % ({name})" for name in CONVENTIONS),
+    "KV, KiB",
+    "first token, ms (p90)",
+    "tokens/s (p90)",
+    "questions/s",
+)
+
+
+def table_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """One row a run, cells in the order of the table's columns; published scores at the end."""
+    rows = []
+    for name, run in result["runs"].items():
+        pruning = run["pruning"] or {}
+        first, rate = run["time_to_first_token_s"], run["decode_tokens_per_s"]
+        rows.append(
+            (
+                name,
+                run["scores"]["score"] if "scores" in run else None,
+                100 * run["agreement_with_dense"],
+                pruning.get("kept"),
+                pruning.get("select_layer"),
+                pruning.get("exit_layer"),
+                *(None if share is None else 100 * share for share in run["flops_saved"].values()),
+                run["kv_bytes_after_prefill"] / 1024,
+                f"{1000 * first['median']:.1f} ({1000 * first['p90']:.1f})",
+                "–" if rate["median"] is None else f"{rate['median']:.1f} ({rate['p90']:.1f})",
+                run["questions_per_s"],
+            )
+        )
+    for name, score in result["published"].items():
+        rows.append((f"{name}, published", score, *[None] * (len(_COLUMNS) - 2)))
+    return rows
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown tables."""
+    facts = report["about"]
+    parts = [
+        f"# {facts['model']}: dense and pruned",
+        f"{facts['hardware']}, {facts['device']}, {facts['dtype']}, batch {facts['batch_size']}, torch "
+        f"{facts['torch']}, transformers {facts['transformers']}, {facts['time']}",
+    ]
+    for name, result in report["benchmarks"].items():
+        unit = BENCHMARKS[name].unit if name in BENCHMARKS else "no score"
+        questions = result["runs"][DENSE]["questions"]
+        lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" + "---:|" * (len(_COLUMNS) - 1)]
+        lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in table_rows(result)]
+        parts += [f"## {name} ({result['data']} data, {questions} questions; score: {unit})", "\n".join(lines)]
+        for way, run in result["runs"].items():
+            if run["pruning"]:
+                parts.append(
+                    f"{way}: `{json.dumps(run['config'])}`; questions by selecting layer "
+                    f"{run['pruning']['select_histogram']}, by exit layer {run['pruning']['exit_histogram']}"
+                )
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Score against executed FLOPs of the prefill, one panel a benchmark."""
+    from matplotlib.figure import Figure
+
+    scored = {
+        name: result for name, result in report["benchmarks"].items() if "scores" in result["runs"][DENSE]
+    } or report["benchmarks"]
+    figure = Figure(figsize=(4.2 * len(scored), 3.6), layout="constrained")
+    for axes, (name, result) in zip(figure.subplots(1, len(scored), squeeze=False)[0], scored.items(), strict=True):
+        has_score = "scores" in result["runs"][DENSE]
+        for way, run in result["runs"].items():
+            value = run["scores"]["score"] if has_score else 100 * run["agreement_with_dense"]
+            executed = run["prefill_flops"]["executed"] / 1e9
+            axes.plot(executed, value, "o" if way == DENSE else "s", markersize=8)
+            axes.annotate(way, (executed, value), xytext=(6, 6), textcoords="offset points")
+        axes.set_title(f"{BENCHMARKS[name].title if name in BENCHMARKS else name} ({result['data']} data)")
+        axes.set_xlabel("executed prefill FLOPs, mean (GFLOP)")
+        axes.set_ylabel(BENCHMARKS[name].unit if has_score else "answers as dense, %")
+        axes.set_xlim(left=0)
+        axes.margins(x=0.2, y=0.3)
+        axes.grid(alpha=0.3)
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    temporary.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Compare a model dense and under pruning configs.")
+    parser.add_argument("--model-path", default=str(SHIPPED_MODEL_PATH), help="default: the model that ships")
+    parser.add_argument("--model-base")
+    parser.add_argument("--conv-mode")
+    parser.add_argument(
+        "--benchmark", action="append", choices=BENCHMARKS, default=[], help="may be given several times"
+    )
+    parser.add_argument("--data", help="folder with the benchmarks' files (default: the user's, else mini)")
+    parser.add_argument("--question-file", help="instead of a benchmark: questions of your own (no score)")
+    parser.add_argument("--image-folder", help="and the folder of their images")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME=JSON|NAME=@FILE",
+        help="a pruning config; may be given several times (default: the model's own)",
+    )
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    parser.add_argument("--num-workers", type=int)
+    parser.add_argument("--limit", type=int, help="only the first so many questions of each benchmark")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--attn-implementation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for report and answers")
+    args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
+    if bool(args.benchmark) == bool(args.question_file):
+        raise UserError("either --benchmark or --question-file (with --image-folder) is needed")
+    if args.question_file and not args.image_folder:
+        raise UserError("--question-file needs --image-folder")
+    for flag in ("batch_size", "limit"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
+    names = list(dict.fromkeys(args.benchmark)) or [Path(args.question_file).stem]
+    for name in args.benchmark:
+        BENCHMARKS[name].files(args.data)
+    checkpoint = Checkpoint(args.model_path, args.model_base, args.conv_mode)
+    configs = read_configs(args.config, checkpoint)
+    out = Path(args.output)
+    for old in ("report.json", "report.md", "report.png"):
+        moved = move_aside(out / old)
+        if moved:
+            print(f"Moved aside: {moved}")
+    torch.manual_seed(args.seed)
+    tokenizer, model, _, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        checkpoint.name,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+    )
+    report: dict[str, Any] = {"about": about(args, model), "benchmarks": {}}
+    for name in names:
+        report["benchmarks"][name] = compare(args, name, (tokenizer, model, checkpoint), configs, out)
+        write_whole(out / "report.json", to_json(report))
+        write_whole(out / "report.md", markdown(report))
+        show(name, _COLUMNS, table_rows(report["benchmarks"][name]))
+    try:
+        plot(report, out / "report.png")
+    except ImportError:
+        print("No plot: matplotlib is missing (pip install 'llava-visipruner[viz]')", file=sys.stderr)
+    print(f"Report: {out / 'report.md'}, report.json, report.png")
+    not_asked = sum(len(result["not_asked"]) for result in report["benchmarks"].values())
+    if not_asked:
+        print(f"{not_asked} questions could not be asked; they are listed in report.json", file=sys.stderr)
+    return 1 if not_asked else 0
+
+
+if __name__ == "__main__":
+    run_main(main)
