@@ -16,17 +16,21 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parent.parent / "visualization"
 LIMIT = 400 * 1024  # bytes of one notebook
 
-PARAMETERS = '''
+PARAMETERS = """
 from llava.constants import SHIPPED_MODEL_PATH
 
 MODEL = SHIPPED_MODEL_PATH  # or a folder or hub id, such as "liuhaotian/llava-v1.5-7b"
 PICTURE = SHIPPED_MODEL_PATH.parent / "images" / "easy_blue_circle.png"  # or your own path or URL
 QUESTION = "What color is the shape?"
 CONFIG = None  # a pruning config; None: the one recommended for the model
-'''
-START = '''
+"""
+START = """
 %matplotlib inline
+import warnings
+
 import numpy as np
+
+warnings.filterwarnings("ignore", message="IProgress")  # a progress bar's, where Jupyter's widgets are not installed
 
 from llava.serve.chat import ChatModel, Checkpoint
 from llava.visualize import *
@@ -34,7 +38,7 @@ from llava.visualize.draw import *
 
 chat = ChatModel(Checkpoint(MODEL))
 config = chat.checkpoint.pruning_config(CONFIG)
-'''
+"""
 PAPER = "*VisiPruner: Decoding Discontinuous Cross-Modal Dynamics for Efficient Multimodal LLMs* (arXiv 2510.17205)"
 SMALL = (
     "The figures below come from the small model that ships with this project. It shows the tools at work; the "

@@ -7,6 +7,7 @@ shown as text, never as HTML; pictures are uploaded or chosen from a folder, nev
 from __future__ import annotations
 
 import argparse
+import html
 import queue
 import threading
 import warnings
@@ -131,21 +132,21 @@ class WebChat:
             names = ", ".join(picture.source for picture in session.chat.waiting)
             asked = {"role": "user", "content": f"[{names}]\n{question}" if names else question}
             session.messages = [*before, asked]
-            yield session, session.messages, "", kept, "Working …"
+            yield session, _shown(session.messages), "", kept, "Working …"
             for text in self._stream(session, question, run):
                 session.messages = [*before, asked, *text]
-                yield session, session.messages, "", kept, "Answering …"
+                yield session, _shown(session.messages), "", kept, "Answering …"
             answer = session.chat.last_answer
             assert answer is not None  # the stream ended without an error
-            yield session, session.messages, "", self._kept_picture(session, answer), describe(answer)
+            yield session, _shown(session.messages), "", self._kept_picture(session, answer), describe(answer)
         except UserError as error:
             session.messages = before
-            yield session, before, question, kept, f"Error: {error}"
+            yield session, _shown(before), question, kept, f"Error: {error}"
         except Exception as error:  # the page must stay usable whatever a model or a driver does
             warnings.warn(f"an answer failed: {type(error).__name__}: {error}", stacklevel=1)
             session.messages = before
             failed = f"Error: the answer failed ({type(error).__name__}); the conversation is as it was. Try again."
-            yield session, before, question, kept, failed
+            yield session, _shown(before), question, kept, failed
 
     def _config(
         self,
@@ -250,6 +251,11 @@ class WebChat:
 def _whole(value: float | None) -> Any:
     """A number box's content as an int where it is one; else as it is, for the config to refuse."""
     return int(value) if value is not None and float(value).is_integer() else value
+
+
+def _shown(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages for gradio's chat, which takes them for HTML even where it is told not to take them for Markdown."""
+    return [{**message, "content": html.escape(message["content"], quote=False)} for message in messages]
 
 
 def _message(text: str, answer: Answer) -> dict[str, str]:

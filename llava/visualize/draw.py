@@ -104,7 +104,7 @@ def draw_on_picture(
     aspect = picture.height / picture.width
     width = 2.1 * columns
     figure = Figure(figsize=(width + 1.0, lines * (2.1 * aspect + 0.4) + 0.6), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     maps = [patches.heatmap(np.nan_to_num(each), view) for each in scores]
     top = max((each.max() for each in maps), default=0.0)
     small = picture.convert("L").resize((maps[0].shape[1], maps[0].shape[0]))
