@@ -123,9 +123,8 @@ class RaggedLayer(DynamicLayer):
         if any(length + new > room for length, room in zip(self.lengths, self.capacity, strict=True)):
             self._grow(new)
         if batch == 1:
-            end = self.starts[0] + self.lengths[0]
-            self.keys[:, :, end : end + new] = key_states
-            self.values[:, :, end : end + new] = value_states
+            self.keys.narrow(2, self.lengths[0], new).copy_(key_states)
+            self.values.narrow(2, self.lengths[0], new).copy_(value_states)
         else:
             assert self.cursor is not None
             rows = self.cursor.next_rows

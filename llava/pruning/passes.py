@@ -247,20 +247,22 @@ class Decoding:
         """`query` `[batch, heads, new, head_dim]`; keys and values are the layer's whole ragged storage."""
         stored = cast(RaggedLayer, self.cache.layers[layer])
         batch, heads, new, head_dim = query.shape
-        if new == 1 and batch > 1:
-            longest = max(stored.lengths)
-            if stored.is_uniform:
+        if new == 1 and (batch == 1 or stored.is_uniform):
+            # One call for all, and no more operators than the unpatched model needs: a step is bound by their launches.
+            if batch > 1:
                 shape = (keys.shape[1], batch, stored.capacity[0], head_dim)
-                all_keys, all_values = (part[0].view(shape)[:, :, :longest].transpose(0, 1) for part in (keys, values))
-                output = nn.functional.scaled_dot_product_attention(
-                    query, all_keys, all_values, scale=scale, enable_gqa=heads != keys.shape[1]
-                )
-                return output.transpose(1, 2)
-            if stored.cursor is not None and varlen.is_usable(query):
-                segments = varlen.Segments(stored.cursor.offsets, longest)
-                return varlen.attend_last(query, keys[0], values[0], segments, stored.cursor.lengths, scale)
+                keys, values = keys[0].view(shape).transpose(0, 1), values[0].view(shape).transpose(0, 1)
+            length = stored.lengths[0]
+            keys, values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
+            output = nn.functional.scaled_dot_product_attention(
+                query, keys, values, scale=scale, enable_gqa=heads != keys.shape[1]
+            )
+            return output.transpose(1, 2)
+        if new == 1 and stored.cursor is not None and varlen.is_usable(query):
+            segments = varlen.Segments(stored.cursor.offsets, max(stored.lengths))
+            return varlen.attend_last(query, keys[0], values[0], segments, stored.cursor.lengths, scale)
         outputs, tally = [], Tally()
         for sample in range(batch):
             segment = stored.segment(sample)
             outputs.append(attend_behind(query[sample], keys[0, :, segment], values[0, :, segment], scale, tally))
-        return (outputs[0][None] if batch == 1 else torch.stack(outputs)).transpose(1, 2)
+        return torch.stack(outputs).transpose(1, 2)
