@@ -86,7 +86,8 @@ def test_clock_figures_are_there_for_every_run(compared):
 def test_table_and_plot(compared):
     folder, _ = compared
     table = (folder / "report.md").read_text()
-    assert "| dense |" in table and "| published |" in table and "| never |" in table
+    assert "|  | dense | published | never |" in table
+    assert "| visual tokens kept | – | " in table and "questions by selecting layer" in table
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -229,45 +229,46 @@ def compare(
 
 # --- showing ---
 
-_COLUMNS = (
-    "run",
+_FIGURES = (
     "score",
-    "as dense, %",
-    "kept",
-    "select",
-    "exit",
-    *(f"FLOPs saved, % ({name})" for name in CONVENTIONS),
-    "KV, KiB",
+    "answers as dense, %",
+    "visual tokens kept",
+    "selecting layer",
+    "exit layer",
+    *(f"prefill FLOPs saved, % ({name})" for name in CONVENTIONS),
+    "KV after prefill, KiB",
     "first token, ms (p90)",
-    "tokens/s (p90)",
+    "decode tokens/s (p90)",
     "questions/s",
 )
 
 
-def table_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """One row a run, cells in the order of the table's columns; published scores at the end."""
-    rows = []
+def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Columns (a run each, published scores at the end) and rows (a figure each) of one benchmark's table."""
+    columns: dict[str, tuple[Any, ...]] = {"": _FIGURES}
     for name, run in result["runs"].items():
         pruning = run["pruning"] or {}
-        first, rate = run["time_to_first_token_s"], run["decode_tokens_per_s"]
-        rows.append(
-            (
-                name,
-                run["scores"]["score"] if "scores" in run else None,
-                100 * run["agreement_with_dense"],
-                pruning.get("kept"),
-                pruning.get("select_layer"),
-                pruning.get("exit_layer"),
-                *(None if share is None else 100 * share for share in run["flops_saved"].values()),
-                run["kv_bytes_after_prefill"] / 1024,
-                f"{1000 * first['median']:.1f} ({1000 * first['p90']:.1f})",
-                "–" if rate["median"] is None else f"{rate['median']:.1f} ({rate['p90']:.1f})",
-                run["questions_per_s"],
-            )
+        columns[name] = (
+            run["scores"]["score"] if "scores" in run else None,
+            100 * run["agreement_with_dense"],
+            pruning.get("kept"),
+            pruning.get("select_layer"),
+            pruning.get("exit_layer"),
+            *(None if share is None else 100 * share for share in run["flops_saved"].values()),
+            run["kv_bytes_after_prefill"] / 1024,
+            _with_p90(run["time_to_first_token_s"], 1000),
+            _with_p90(run["decode_tokens_per_s"], 1),
+            run["questions_per_s"],
         )
     for name, score in result["published"].items():
-        rows.append((f"{name}, published", score, *[None] * (len(_COLUMNS) - 2)))
-    return rows
+        columns[f"{name}, published"] = (score, *[None] * (len(_FIGURES) - 1))
+    return list(columns), list(zip(*columns.values(), strict=True))
+
+
+def _with_p90(values: dict[str, float | None], scale: float) -> str | None:
+    if values["median"] is None or values["p90"] is None:
+        return None
+    return f"{scale * values['median']:.1f} ({scale * values['p90']:.1f})"
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -281,8 +282,9 @@ def markdown(report: dict[str, Any]) -> str:
     for name, result in report["benchmarks"].items():
         unit = BENCHMARKS[name].unit if name in BENCHMARKS else "no score"
         questions = result["runs"][DENSE]["questions"]
-        lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" + "---:|" * (len(_COLUMNS) - 1)]
-        lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in table_rows(result)]
+        columns, rows = table(result)
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" + "---:|" * (len(columns) - 1)]
+        lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
         parts += [f"## {name} ({result['data']} data, {questions} questions; score: {unit})", "\n".join(lines)]
         for way, run in result["runs"].items():
             if run["pruning"]:
@@ -311,8 +313,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{BENCHMARKS[name].title if name in BENCHMARKS else name} ({result['data']} data)")
         axes.set_xlabel("executed prefill FLOPs, mean (GFLOP)")
         axes.set_ylabel(BENCHMARKS[name].unit if has_score else "answers as dense, %")
-        axes.set_xlim(left=0)
-        axes.margins(x=0.2, y=0.3)
+        axes.margins(y=0.3)
+        # Room for the labels, which stand to the right of their points.
+        axes.set_xlim(0, 1.3 * max(run["prefill_flops"]["executed"] / 1e9 for run in result["runs"].values()))
         axes.grid(alpha=0.3)
     temporary = path.with_name(f".{path.name}.tmp.png")
     figure.savefig(temporary, dpi=150)
@@ -380,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["benchmarks"][name] = compare(args, name, (tokenizer, model, checkpoint), configs, out)
         write_whole(out / "report.json", to_json(report))
         write_whole(out / "report.md", markdown(report))
-        show(name, _COLUMNS, table_rows(report["benchmarks"][name]))
+        show(name, *table(report["benchmarks"][name]))
     try:
         plot(report, out / "report.png")
     except ImportError:
