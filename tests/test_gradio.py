@@ -225,6 +225,13 @@ def test_two_people_at_once_stay_apart(address, pictures):
         assert one.title == "Chat about pictures, pruned"
         assert one.execute_script("return document.querySelectorAll('#conversation img[src=\"x\"]').length") == 0
         assert one.execute_script("return document.querySelectorAll('#kept img').length") == 1
+        labels = (
+            "return [...document.querySelectorAll('button')].map(b => (b.ariaLabel || b.title || '').toLowerCase())"
+        )
+        assert not any("share" in label for label in one.execute_script(labels)), "nothing is published by a click"
+        one.find_element("id", "clear").click()
+        until(one, "return !document.querySelector('#conversation').innerText.includes('wide.png')")
+        assert "[tall.png]" in two.execute_script(CONVERSATION)
 
 
 def test_a_broken_upload_gives_a_message_and_the_page_goes_on(address, pictures):

@@ -275,14 +275,21 @@ def build_page(web: WebChat) -> gr.Blocks:
                 )
                 example = gr.Dropdown(list(web.examples), value=None, label="or choose an example", elem_id="example")
                 shown = gr.Image(
-                    label="The picture", interactive=False, type="pil", format="png", height=260, elem_id="shown"
-                )
-                kept = gr.Image(
-                    label="Patches kept in the last answer (bright, outlined)",
+                    label="The picture",
                     interactive=False,
                     type="pil",
                     format="png",
                     height=260,
+                    buttons=["fullscreen"],
+                    elem_id="shown",
+                )
+                kept = gr.Image(
+                    label="Kept patches, last answer",
+                    interactive=False,
+                    type="pil",
+                    format="png",
+                    height=260,
+                    buttons=["download", "fullscreen"],  # gradio's "share" would publish
                     elem_id="kept",
                 )
             with gr.Column(scale=3, min_width=280):
@@ -292,6 +299,7 @@ def build_page(web: WebChat) -> gr.Blocks:
                     render_markdown=False,
                     sanitize_html=True,
                     feedback_options=None,
+                    buttons=["copy"],
                     elem_id="conversation",
                 )
                 status = gr.Textbox(label="Status", interactive=False, lines=2, elem_id="status")
@@ -342,7 +350,8 @@ def build_page(web: WebChat) -> gr.Blocks:
         upload.clear(upload_changed, [session, upload], pictured, show_progress="hidden")
         example.input(example_chosen, [session, example], pictured, show_progress="hidden")
         stop.click(stop_answer, session, None, queue=False, show_progress="hidden")
-        clear.click(start_over, session, [session, messages, upload, example, shown, kept, status])
+        everything = [session, messages, upload, example, shown, kept, status]
+        gr.on([clear.click, messages.clear], start_over, session, everything)
     page.queue(max_size=64)
     return page
 
