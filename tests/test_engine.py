@@ -21,6 +21,7 @@ from llava.pruning import (
     VisiPruner,
     prune,
 )
+from llava.utils import UserError
 
 NUM_LAYERS, HIDDEN, NEW = 8, 64, 5
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -385,6 +386,23 @@ def test_blocks_nest_and_the_innermost_rules(ready) -> None:
 
 
 @torch.no_grad()
+def test_blocks_closed_by_hand_in_another_order_leave_the_open_one_at_work(ready) -> None:
+    model, rows, visual, config = ready
+    before = snapshot(model)
+    inputs = {"inputs_embeds": rows[None], "visual_mask": visual[None]}
+    outer, inner = prune(model, {"mode": []}), prune(model, config)
+    outer.__enter__()
+    run = inner.__enter__()
+    pruned = model(**inputs).logits
+    alone = run.traces[0].to_dict()
+    outer.__exit__(None, None, None)
+    assert torch.equal(model(**inputs).logits, pruned)
+    assert run.traces[0].to_dict() == alone
+    inner.__exit__(None, None, None)
+    assert snapshot(model) == before
+
+
+@torch.no_grad()
 def test_a_call_after_an_error_inside_a_block_starts_clean(ready) -> None:
     model, rows, visual, config = ready
     inputs = {"inputs_embeds": rows[None], "visual_mask": visual[None]}
@@ -445,12 +463,15 @@ def test_a_prompt_that_ends_in_the_image_runs_dense_with_a_warning(ready) -> Non
         ({"output_attentions": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache"),
         ({"past_key_values": StaticCache}, "past_key_values"),
+        ({"assistant_model": "itself"}, "assistant_model"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_by_name(ready, options, named) -> None:
     model, rows, visual, config = ready
     if options.get("past_key_values"):
         options = {"past_key_values": StaticCache(model.config, max_cache_len=128)}
+    if options.get("assistant_model"):
+        options = {"assistant_model": model}
     before = snapshot(model)
     with pytest.raises(UnsupportedCallError, match=named):
         run_engine(model, rows, visual, config, **options)
@@ -486,6 +507,25 @@ def test_right_padding_is_refused(ready) -> None:
     attention[0, -2:] = 0
     with pytest.raises(UnsupportedCallError, match="left padding"):
         model(inputs_embeds=rows[None], visual_mask=visual[None], attention_mask=attention, pruning_config=config)
+
+
+def test_an_attention_mask_of_another_width_is_refused(ready) -> None:
+    # Such as the mask of the ids, when rows are given whose images are in place.
+    model, rows, visual, config = ready
+    inputs = {"inputs_embeds": rows[None], "visual_mask": visual[None]}
+    attention = torch.ones(1, len(rows) - 3, dtype=torch.long)
+    with pytest.raises(UnsupportedCallError, match="attention_mask has shape"):
+        model(**inputs, attention_mask=attention, pruning_config=config)
+    with pytest.raises(UserError, match="attention_mask has shape"):
+        model.generate(**inputs, attention_mask=attention, pruning_config=config)
+
+
+def test_labels_are_refused(ready) -> None:
+    # All rows may survive in this prompt and not in the next: the loss would be of other tokens, or none.
+    model, rows, visual, config = ready
+    labels = torch.zeros(1, len(rows), dtype=torch.long)
+    with pytest.raises(UnsupportedCallError, match="labels"):
+        model(inputs_embeds=rows[None], visual_mask=visual[None], labels=labels, pruning_config=config)
 
 
 def test_a_layer_out_of_the_models_range_is_refused_before_work(ready) -> None:

@@ -200,6 +200,8 @@ def test_calls_that_say_two_things_are_refused(model):
         model.generate(inputs_embeds=rows, images=images)
     with pytest.raises(UserError, match="inputs_embeds already hold"):
         model(inputs_embeds=rows, images=images)
+    with pytest.raises(UserError, match="not both"):
+        model.generate(ids, inputs_embeds=rows)
     with pytest.raises(UserError, match="needs a prompt"):
         model.generate()
     with pytest.raises(UserError, match="use_cache=False"):
@@ -211,6 +213,13 @@ def test_calls_that_say_two_things_are_refused(model):
 def test_images_of_a_wrong_shape_are_refused(model):
     with pytest.raises(UserError, match=r"\[1, 3, 14, 14\].*\[n, 3, 28, 28\]"):
         model(torch.tensor([[1, IMAGE]]), images=torch.zeros(1, 3, 14, 14))
+
+
+def test_prompts_of_a_wrong_shape_are_refused(model):
+    with pytest.raises(UserError, match=r"\[3\].*\[batch, ids\]"):
+        model.generate(torch.tensor([1, 5, 6]))
+    with pytest.raises(UserError, match=r"attention_mask has shape \[1, 4\].*\[1, 3\]"):
+        model.generate(torch.tensor([[1, 5, 6]]), attention_mask=torch.ones(1, 4))
 
 
 def test_a_model_without_a_tower_refuses_images():

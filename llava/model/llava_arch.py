@@ -21,6 +21,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, has_visio
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.pruning import PruningConfig, PruningTrace, call_lock, prune
+from llava.pruning.generation import GenerationOptions
 from llava.utils import UserError
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k")
@@ -195,8 +196,15 @@ class LlavaMetaForCausalLM:
             images, image_sizes: see :meth:`image_rows`.
 
         Raises:
-            UserError: as many images as image tokens were not given.
+            UserError: not as many images as image tokens, or shapes that do not fit.
         """
+        if input_ids.ndim != 2:
+            raise UserError(f"prompt ids have shape {list(input_ids.shape)}; they must be [batch, ids]")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise UserError(
+                f"attention_mask has shape {list(attention_mask.shape)}; it must be that of the prompt ids, "
+                f"{list(input_ids.shape)}"
+            )
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [ids[kept.to(ids.device)] for ids, kept in zip(input_ids, keep, strict=True)]
         num_tokens = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in prompts)
@@ -359,15 +367,24 @@ class LlavaMetaForCausalLM:
             spliced = self.splice(ids, attention_mask, images, image_sizes)
             inputs_embeds, visual_mask = spliced.inputs_embeds, spliced.visual_mask
             attention_mask, row_ids = spliced.attention_mask, spliced.input_ids
-        elif ids is not None:
+        elif ids is not None and inputs_embeds is not None:
+            if ids.shape[1] < inputs_embeds.shape[1]:
+                raise UserError("give the prompt as ids or as inputs_embeds, not both")
             kwargs["input_ids"] = ids  # as a candidate generator of assisted decoding calls its assistant
+        elif (
+            attention_mask is not None and inputs_embeds is not None and attention_mask.shape != inputs_embeds.shape[:2]
+        ):
+            raise UserError(
+                f"attention_mask has shape {list(attention_mask.shape)}; inputs_embeds has "
+                f"{list(inputs_embeds.shape[:2])} rows"
+            )
         if visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
         # One call at a time: another thread may be pruning, which shows on the model while it lasts.
         with call_lock(self._module):
-            if _is_assisted(kwargs) and "input_ids" not in kwargs:
+            if GenerationOptions(self._module, kwargs).is_assisted and "input_ids" not in kwargs:
                 return self._generate_assisted(inputs_embeds, row_ids, **kwargs)
             return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 
@@ -433,13 +450,6 @@ class LlavaMetaForCausalLM:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-
-
-def _is_assisted(kwargs: dict[str, Any]) -> bool:
-    given = kwargs.get("generation_config")
-    lookup = kwargs.get("prompt_lookup_num_tokens", getattr(given, "prompt_lookup_num_tokens", None))
-    early_exit = kwargs.get("assistant_early_exit", getattr(given, "assistant_early_exit", None))
-    return kwargs.get("assistant_model") is not None or bool(lookup) or bool(early_exit)
 
 
 class _WithoutPrompt(BaseStreamer):

@@ -131,7 +131,7 @@ class Adapter:
         parts: list[tuple[nn.Module, str, Any]] = []
         for part in dict.fromkeys([*self.wrappers, *self.model.modules()]):
             if hasattr(part, "_orig_mod"):  # torch.compile()
-                uncompiled: tuple[nn.Module, str, Any] = (part, "forward", part._orig_mod.__call__)
+                uncompiled: tuple[nn.Module, str, Any] = (part, "forward", part._orig_mod.__call__)  # type: ignore[operator]
             elif part._compiled_call_impl is not None:  # nn.Module.compile()
                 uncompiled = (part, "_compiled_call_impl", None)
             else:

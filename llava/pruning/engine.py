@@ -156,6 +156,8 @@ class PruningRun:
         self._logits_to_keep = keep if isinstance(keep, int) else 1
         if self._policy is not None and kwargs.get("output_attentions"):
             raise UnsupportedCallError("output_attentions is not available with pruning: attention is fused")
+        if self._policy is not None and kwargs.get("labels") is not None:
+            raise UnsupportedCallError("labels cannot be given with pruning: rows they belong to may be gone")
 
     def _before_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if self._state is not None and self._thread != threading.get_ident():
@@ -218,7 +220,7 @@ class PruningRun:
         cache: DynamicCache | None,
     ) -> Prefill:
         """Set up the samples of a prefill."""
-        padding = self._padding(attention_mask, batch)
+        padding = self._padding(attention_mask, batch, width)
         num_layers = len(self._adapter.layers)
         num_drafts = self._logits_to_keep - 1 if self._assisted else 0
         num_visual = int(visual.sum())
@@ -279,12 +281,17 @@ class PruningRun:
             sample.trace.visual_rows_read = [len(sample.rows.visual)] * num_layers
 
     @staticmethod
-    def _padding(attention_mask: torch.Tensor | None, batch: int) -> list[int]:
+    def _padding(attention_mask: torch.Tensor | None, batch: int, width: int) -> list[int]:
         """Leading padding rows of every sample."""
         if attention_mask is None:
             return [0] * batch
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             raise UnsupportedCallError("pruning needs a 2-D attention_mask, [batch, rows]; prepared masks are refused")
+        if tuple(attention_mask.shape) != (batch, width):
+            raise UnsupportedCallError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; the inputs have {batch} samples of "
+                f"{width} rows, image rows included"
+            )
         valid = attention_mask.cpu().numpy().astype(bool)
         padding = valid.argmax(axis=1)  # the first row that counts
         if any(not row[pad:].all() for row, pad in zip(valid, padding, strict=True)):
@@ -408,8 +415,9 @@ def prune(
         yield run
     finally:
         with _blocks_lock:
+            was_innermost = blocks[-1][1] is run  # not where blocks are closed by hand, in another order
             run.uninstall()
             run.close()
             blocks.remove((thread, run))
-            if blocks:
+            if blocks and was_innermost:
                 blocks[-1][1].install()

@@ -15,6 +15,7 @@ class GenerationOptions:
     """What a `generate` call really asks for: its keywords, else its generation config, else the model's."""
 
     def __init__(self, model: nn.Module, kwargs: Mapping[str, Any]):
+        self.model = model
         self.kwargs = kwargs
         self.configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
 
@@ -56,6 +57,11 @@ class GenerationOptions:
             raise UnsupportedCallError(
                 f"cache_implementation={kind!r} cannot be used with pruning: layers hold different numbers of rows; "
                 "leave it at the default"
+            )
+        if self.get("assistant_model") is self.model:
+            raise UnsupportedCallError(
+                "assistant_model is the pruned model itself, so its drafts would be pruned as well; "
+                "give another model, or prompt_lookup_num_tokens"
             )
         cache = self.kwargs.get("past_key_values")
         if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
