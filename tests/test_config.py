@@ -41,6 +41,7 @@ def test_the_published_config_reads_and_writes_back() -> None:
         ({"tokens_threshold": 0}, ["tokens_threshold", "0"]),
         ({"tokens_threshold": -0.2}, ["tokens_threshold", "-0.2"]),
         ({"tokens_threshold": float("inf")}, ["tokens_threshold", "inf"]),
+        ({"tokens_threshold": 10**400}, ["tokens_threshold", "1000"]),
         ({"exit_threshold": 1.5}, ["exit_threshold", "1.5"]),
         ({"exit_threshold": None}, ["exit_threshold", "None"]),
         ({"exit_patience": 0}, ["exit_patience", "0"]),
@@ -73,10 +74,15 @@ def test_a_missing_key_is_named(config, missing) -> None:
         PruningConfig.from_any(config)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", "null", '"mode"', "{'mode': []}"])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "3", "null", '"mode"', "{'mode': []}", "[" * 100_000, '{"exit_patience": %s}' % ("1" * 5000)],
+    ids=lambda text: text[:12],
+)
 def test_malformed_json_is_one_error(text) -> None:
-    with pytest.raises(PruningConfigError, match="pruning config"):
+    with pytest.raises(PruningConfigError, match="pruning config") as caught:
         PruningConfig.from_any(text)
+    assert len(str(caught.value)) < 300
 
 
 def test_files_are_read_and_named_in_errors(tmp_path) -> None:

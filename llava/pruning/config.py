@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -24,7 +24,8 @@ class PruningConfigError(UserError):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # False for NaN, infinities, and integers that no float can hold.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_int(value: Any) -> bool:
@@ -212,10 +213,8 @@ class PruningConfig:
                 raise PruningConfigError(f"{origin}: cannot be read ({reason})") from error
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PruningConfigError(
-                f"{origin}: not valid JSON ({error.msg} at line {error.lineno}, column {error.colno}): {text[:80]!r}"
-            ) from error
+        except (ValueError, RecursionError) as error:  # not only JSONDecodeError: numbers too long, nesting too deep
+            raise PruningConfigError(f"{origin}: not valid JSON ({error}): {text[:80]!r}") from error
 
     def validate_for(self, num_layers: int) -> PruningConfig:
         """Check the ranges that depend on the model. Returns self.
