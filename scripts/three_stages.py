@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 from tiny_llava.data import held_out_batch
-from tiny_llava.evaluate import evaluate, interval
+from tiny_llava.evaluate import evaluate
 from tiny_llava.export import write_json
 from tiny_llava.measure import Sample, Shipped, figures, learner_of, pruned_figures, rendered_samples
 
@@ -144,6 +144,52 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _cell(figure: dict[str, Any]) -> str:
+    low, high = figure["interval95"]
+    return f"{figure['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The figures as Markdown: overall and text accuracy against layer, cosines, and the ways to choose tokens."""
+    hidden = result["hidden"]
+    total, text = hidden["dense"]["overall"]["n"], hidden["dense"]["text"]["n"]
+    lines = [
+        f"Dense: {_cell(hidden['dense']['overall'])} overall (n = {total}), {_cell(hidden['dense']['text'])} text "
+        f"(n = {text}). Percent correct, 95 % intervals.",
+        "",
+        "| L | (a) layers < L: overall | text | (b) layer L: overall | text | (c) from L on: overall | text |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for layer in range(len(hidden["below"])):
+        cells = []
+        for name in ("below", "alone", "from"):
+            points = hidden[name]
+            known = layer < len(points)
+            cells += [_cell(points[layer][task]) if known else "–" for task in ("overall", "text")]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    cosine, norm = result["cosines"]["cosine"], result["cosines"]["norm"]
+    lines += [
+        "",
+        f"Smallest cosine and largest share of a layer, over {result['cosines']['n']} questions:",
+        "",
+        "| layer | cosine 5 % | 25 % | median | 75 % | 95 % | median largest norm |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for layer in range(len(cosine[0])):
+        values = " | ".join(f"{quantile[layer]:.4f}" for quantile in cosine)
+        lines.append(f"| {layer} | {values} | {norm[2][layer]:.3f} |")
+    lines += [
+        "",
+        "| way | overall | text | attribute | executed FLOPs saved | kept of 144 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["comparison"].items():
+        cells = " | ".join(_cell(row["accuracy"][task]) for task in ("overall", "text", "attribute"))
+        kept = "–" if row["mean_kept"] is None else row["mean_kept"]
+        lines.append(f"| {name} | {cells} | {100 * row['saved']['executed']:.1f} % | {kept} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,13 +215,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "three_stages.json", result)
     draw(result, arguments.out / "three_stages.png")
-    for name, row in result["comparison"].items():
-        accuracy, text = row["accuracy"]["overall"], row["accuracy"]["text"]
-        low, high = interval(accuracy["correct"], accuracy["n"])
-        print(
-            f"{name:40} {accuracy['accuracy']:6.2f} [{100 * low:.1f}, {100 * high:.1f}]  text {text['accuracy']:6.2f}"
-            f"  saved {row['saved']['executed']:.3f}  kept {row['mean_kept']}"
-        )
+    (arguments.out / "three_stages_tables.md").write_text(tables(result))
+    print(tables(result))
 
 
 if __name__ == "__main__":

@@ -223,11 +223,12 @@ def search(path: Path, pictures: int = 48) -> dict[str, Any]:
     shipped = Shipped(str(path))
     samples = rendered_samples("validation", pictures) + easy_samples(pictures // 6, "train")
     tried = []
-    for last_dense, layer_threshold, tokens_threshold in itertools.product((4, 5), (0.9999,), (0.03, 0.06, 0.12, 0.24)):
+    ways = itertools.product((["middle"], ["middle", "deep"]), (4, 5), (0.05, 0.08, 0.12))
+    for mode, last_dense, tokens_threshold in ways:
         config = {
-            "mode": ["middle", "deep"],
+            "mode": mode,
             "shallow_mid_layer": last_dense,
-            "layer_threshold": layer_threshold,
+            "layer_threshold": 0.9999,
             "tokens_threshold": tokens_threshold,
         }
         result = pruned_figures(shipped, samples, config=config)

@@ -31,7 +31,7 @@ class Stage:
     `kind` is `tower` (patch labels only), `language` (scenes in words), `align` (pictures, only the projector
     learns) or `joint` (everything learns). The learning rate warms up, stays, and falls linearly to zero over
     the share `decay` of the steps. `blind` is the share of batches whose questions do not see the picture in the
-    layers from a random one in the last third on.
+    layers from a random one in the last half on.
     """
 
     kind: str
@@ -48,7 +48,8 @@ CURRICULA: dict[str, tuple[Stage, ...]] = {
         Stage("tower", 320, 64, 3e-3),
         Stage("language", 240, 32, 3e-3, decay=0.4),
         Stage("align", 40, 32, 3e-3, decay=0.3),
-        Stage("joint", 1850, 32, 1.5e-3, decay=0.45),
+        Stage("joint", 1680, 32, 1.8e-3, decay=0.33),
+        Stage("joint", 110, 32, 7e-4, decay=1.0, blind=0.7),
     ),
     "scratch": (
         Stage("tower", 320, 64, 3e-3),
@@ -192,7 +193,7 @@ class Run:
                 loss = patch_loss(self.learner.patch_logits(self.learner.features(batch.pixels)), batch.labels)
                 return loss, {"patch": loss.detach()}
             layers = len(self.learner.llava.model.layers)
-            blind = range(rng.randrange(2 * layers // 3, layers), layers) if rng.random() < stage.blind else ()
+            blind = range(rng.randrange(layers // 2, layers), layers) if rng.random() < stage.blind else ()
             logits, patches, astray = logits_of(self.learner, self.before, batch, blind)
         loss = answer_loss(logits, batch.targets)
         parts = {"answer": loss.detach()}
