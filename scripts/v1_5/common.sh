@@ -50,7 +50,7 @@ answer() {
 run_benchmark() {
   local benchmark=$1 way=$2
   shift 2
-  local python plan fields
+  local python plan line fields=()
   python=$(find_python)
   export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
   local data=() config=()
@@ -58,7 +58,8 @@ run_benchmark() {
   [[ -n ${PRUNING_CONFIG:-} ]] && config=(--pruning-config "$PRUNING_CONFIG")
   plan=$("$python" -m llava.eval.benchmarks plan "$benchmark" --model "${MODEL:-}" \
     ${data[@]+"${data[@]}"} ${config[@]+"${config[@]}"})
-  mapfile -t fields <<<"$plan"
+  # Not mapfile: the bash of macOS has none.
+  while IFS= read -r line; do fields+=("$line"); done <<<"$plan"
   local root=${fields[0]} kind=${fields[1]} model=${fields[2]} questions=${fields[3]} images=${fields[4]}
   local pruning=${fields[5]} results=${RESULTS:-$ROOT/playground/results}
   local dense_folder=$results/${fields[6]} pruned_folder=$results/${fields[7]} processes=${fields[8]}
