@@ -156,7 +156,7 @@ def draw_sinks(norms: np.ndarray, attention: np.ndarray, layer: int, title: str)
     axes.scatter(attention, norms, s=16, color=BLUE, alpha=0.7, edgecolors="none")
     for row in np.argsort(-np.nan_to_num(attention))[:3]:
         # To the left of the point: the most attended rows are at the right edge.
-        place = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+        place: dict[str, Any] = {"xytext": (-4, 4), "textcoords": "offset points", "ha": "right", "fontsize": 8}
         axes.annotate(f"patch {row}", (attention[row], norms[row]), **place)
     axes.margins(0.12)
     axes.set_ylim(bottom=0)
