@@ -139,13 +139,10 @@ class Report:
 
     def _plot(self, path: Path) -> None:
         """Bars of the median times, with p10 … p90; silently absent without matplotlib, which is optional."""
-        timed = {
-            title: [row for row in rows if "median_ms" in row]
-            for title, rows in self.tables.items()
-            if any("median_ms" in row for row in rows)
-        }
-        if not timed:
+        if not self.timings:
             return
+        # One busy thread's processor time is its time on an idle machine; several threads' would be a sum.
+        clock = "cpu" if "cpu" in self.setting.clocks and torch.get_num_threads() == 1 else "wall"
         try:
             import matplotlib
         except ImportError:
@@ -153,17 +150,24 @@ class Report:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
+        bars_in_all = sum(len(timings.wall) for timings in self.timings.values())
         figure, axes = pyplot.subplots(
-            len(timed), 1, figsize=(8, 1 + 0.45 * sum(map(len, timed.values())) + len(timed)), squeeze=False
+            len(self.timings), 1, figsize=(9, 1 + 0.45 * bars_in_all + len(self.timings)), squeeze=False
         )
-        for axis, (title, rows) in zip(axes[:, 0], timed.items(), strict=True):
+        for axis, (title, timings) in zip(axes[:, 0], self.timings.items(), strict=True):
+            rows = [timings.summary(name, clock) for name in timings.wall]
             medians = [row["median_ms"] for row in rows]
             low = [row["median_ms"] - row["p10_ms"] for row in rows]
             high = [row["p90_ms"] - row["median_ms"] for row in rows]
-            bars = axis.barh([row["variant"] for row in rows], medians, xerr=[low, high], color="#4c78a8", height=0.6)
-            axis.bar_label(bars, [f" {median:.4g}" for median in medians], padding=3, fontsize=8)
+            bars = axis.barh(list(timings.wall), medians, xerr=[low, high], color="#4c78a8", height=0.6)
+            axis.bar_label(
+                bars,
+                [f" {median:.0f}" if median >= 100 else f" {median:.3g}" for median in medians],
+                padding=3,
+                fontsize=8,
+            )
             axis.invert_yaxis()
-            axis.set_xlabel("ms, median; whiskers p10 to p90")
+            axis.set_xlabel(f"ms ({clock} clock), median; whiskers p10 to p90")
             axis.set_title(title, fontsize=10, loc="left")
             axis.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{self.name} (random weights)", fontsize=10)
