@@ -27,6 +27,7 @@ demo: $(VENV)/installed
 	@echo "Chat about it:  $(python) -m llava.serve.cli_pruning --image-file $(IMAGE)"
 
 test: $(VENV)/installed-dev
+	@bash scripts/install_test_browser.sh || echo "No browser for the page tests: they are skipped."
 	$(python) -m pytest
 
 lint: $(VENV)/installed-dev
