@@ -14,5 +14,5 @@ site=$("$folder/bin/python" -c 'import site; print(site.getsitepackages()[0])')
     datasets evaluate jsonlines pytablewriter sacrebleu loguru pandas pyarrow dill multiprocess xxhash aiohttp \
     tenacity python-dotenv DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy tqdm-multiprocess \
     aiosignal frozenlist multidict yarl propcache aiohappyeyeballs portalocker colorama tabulate lxml pytz numexpr \
-    openai attrs python-dateutil six regex sympy mpmath pyyaml
+    openai attrs chardet requests charset-normalizer urllib3 idna certifi python-dateutil six regex sympy mpmath pyyaml
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .

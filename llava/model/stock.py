@@ -128,6 +128,10 @@ class StockModel:
         ).eval()
         self.last_pruning_traces: list[PruningTrace] = []
 
+    def get_base_model(self) -> Any:
+        """The model inside, as PEFT's wrappers name it."""
+        return self.model
+
     @property
     def device(self) -> torch.device:
         return self.model.device

@@ -237,6 +237,25 @@ class Checkpoint:
         with torch.device("meta"):
             self._skeleton = model_class(self.config)(self.config)
 
+    @property
+    def stop_string(self) -> str:
+        """Text that ends an answer."""
+        return conv_templates[self.conv_mode].stop_string
+
+    def load(self, options: LoadOptions) -> tuple[Any, Any]:
+        """Tokenizer and model; of `options`, all but the paths. Raises as `load_pretrained_model` does."""
+        tokenizer, model, _, _ = load_pretrained_model(
+            self.model_path,
+            self.model_base,
+            self.name,
+            load_8bit=options.load_8bit,
+            load_4bit=options.load_4bit,
+            device=options.device,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+        )
+        return tokenizer, model
+
     def pruning_config(self, given: Any = None) -> PruningConfig:
         """The config to prune with: ``given`` in any form, else the one recommended for this checkpoint.
 
@@ -330,16 +349,7 @@ class ChatModel:
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions | None = None) -> None:
         options = options or LoadOptions()
         self.checkpoint = checkpoint
-        self.tokenizer, self.model, _, _ = load_pretrained_model(
-            checkpoint.model_path,
-            checkpoint.model_base,
-            checkpoint.name,
-            load_8bit=options.load_8bit,
-            load_4bit=options.load_4bit,
-            device=options.device,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-        )
+        self.tokenizer, self.model = checkpoint.load(options)
         self._lock = threading.Lock()
         self._is_warm = False
 
@@ -369,7 +379,7 @@ class ChatModel:
         limit = min(options.max_new_tokens, self.checkpoint.context_len - prompt.num_rows)
         watch = _Watch(stop)
         criteria: list[StoppingCriteria] = [watch]
-        stop_string = conv_templates[self.checkpoint.conv_mode].stop_string
+        stop_string = self.checkpoint.stop_string
         if stop_string and stop_string != self.tokenizer.eos_token:
             criteria.append(KeywordsStoppingCriteria([stop_string], self.tokenizer))
         streamer = _Streamer(self.tokenizer, on_text) if on_text and options.num_beams == 1 else None

@@ -36,6 +36,7 @@ from llava.serve.chat import (
     describe,
     rows_in_words,
 )
+from llava.serve.stock_chat import open_checkpoint
 from llava.serve.text import clean_text
 from llava.utils import UserError
 
@@ -106,7 +107,7 @@ def _run(args: argparse.Namespace, can_prune: bool) -> int:
     if args.dtype is not None:
         parse_dtype(args.dtype)
     question = _one_shot_question(args)
-    checkpoint = Checkpoint(args.model_path or SHIPPED_MODEL_PATH, args.model_base, args.conv_mode)
+    checkpoint = open_checkpoint(args.model_path or SHIPPED_MODEL_PATH, args.model_base, args.conv_mode)
     config = None if args.dense else checkpoint.pruning_config(given)
     pictures = [checkpoint.read_picture(source) for source in args.image_file]
     checkpoint.encode([Turn(question or "", pictures)])

@@ -1,0 +1,107 @@
+"""Chat with a transformers model of any supported family, through its own processor and chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.images import load_image
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import context_length
+from llava.model.recommended import FILE_NAME
+from llava.model.stock import StockModel, StockProcessor, stock_model_type
+from llava.pruning import PruningConfig
+from llava.pruning.adapters import adapter_for
+from llava.serve.chat import Checkpoint, LoadOptions, Picture, Prompt, Turn
+from llava.utils import UserError
+
+
+def open_checkpoint(
+    model_path: str | Path, model_base: str | Path | None = None, conv_mode: str | None = None
+) -> Checkpoint:
+    """A LLaVA checkpoint of any layout, or a transformers model of a supported family.
+
+    Raises:
+        UserError: see `Checkpoint` and `StockCheckpoint`; options that only LLaVA checkpoints have.
+    """
+    model_type = stock_model_type(model_path)
+    if model_type is None:
+        return Checkpoint(model_path, model_base, conv_mode)
+    for name, value in (("--model-base", model_base), ("--conv-mode", conv_mode)):
+        if value is not None:
+            raise UserError(
+                f"{name} {value} is for LLaVA checkpoints; a {model_type} model brings its own chat template"
+            )
+    return StockCheckpoint(model_path)
+
+
+class StockCheckpoint(Checkpoint):
+    """Everything about a transformers model but its weights."""
+
+    def __init__(self, model_path: str | Path) -> None:
+        self.source = StockProcessor(model_path)
+        self.model_path, self.model_base = model_path, None
+        self.name = get_model_name_from_path(str(model_path))
+        self.config = self.source.config
+        self.conv_mode = "chat template"
+        self.tokenizer = self.source.tokenizer
+        self.image_processor = self.source.processor.image_processor
+        self.context_len = context_length(self.source.text_config)
+        skeleton = self.source.skeleton()
+        self._adapter = adapter_for(skeleton)
+        self.num_layers = len(self._adapter.layers)
+
+    @property
+    def stop_string(self) -> str:
+        """None: the chat template's turns end in a token."""
+        return ""
+
+    def load(self, options: LoadOptions) -> tuple[Any, Any]:
+        """Tokenizer and model."""
+        model = StockModel(
+            self.source,
+            load_8bit=options.load_8bit,
+            load_4bit=options.load_4bit,
+            device=options.device,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+        )
+        return self.tokenizer, model
+
+    def pruning_config(self, given: Any = None) -> PruningConfig:
+        """`given` in any form, else the one beside the weights, else `PruningConfig.for_model`."""
+        file = self.source.folder / FILE_NAME
+        config = PruningConfig.from_any(f"@{file}" if given is None and file.is_file() else given)
+        config = config or PruningConfig.for_model(self._adapter.model)
+        config.validate_for(self.num_layers)
+        self._adapter.validate(config)
+        return config
+
+    def read_picture(self, source: str | Path | Image.Image) -> Picture:
+        """Open a picture. The processor sees it later, together with the text."""
+        is_open = isinstance(source, Image.Image)
+        image = source.convert("RGB") if isinstance(source, Image.Image) else load_image(source)
+        return Picture("picture" if is_open else str(source), image, torch.empty(0))
+
+    def encode(self, turns: Sequence[Turn]) -> Prompt:
+        """The prompt that asks the last of `turns`. Raises `UserError` where it fills the context."""
+        conversation = [
+            (turn.question, [picture.image for picture in turn.pictures], turn.answer.text if turn.answer else None)
+            for turn in turns
+        ]
+        inputs = self.source.encode([conversation])
+        ids = inputs.pop("input_ids")
+        del inputs["attention_mask"]
+        visual = self._adapter.visual_mask(ids)
+        num_visual = int(visual.sum()) if visual is not None else 0
+        if ids.shape[1] >= self.context_len:
+            raise UserError(
+                f"the prompt has {ids.shape[1]:,} tokens, {num_visual:,} of them from pictures, and leaves no room for "
+                f"an answer: the model's context is {self.context_len:,}; ask a shorter question, with fewer pictures "
+                "or earlier turns"
+            )
+        return Prompt(ids, inputs, [], ids.shape[1], num_visual)
