@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.pruning import (
+    Policy,
     PruningConfig,
     PruningConfigError,
     UnsupportedCallError,
@@ -274,6 +275,31 @@ def test_a_decode_loop_by_hand_equals_generate(ready) -> None:
 
 
 @torch.no_grad()
+def test_a_decode_loop_by_hand_over_a_padded_batch_equals_the_unpatched_model(ready) -> None:
+    # Every sample is padded, so no layer holds as many rows as the positions have run.
+    model = ready[0]
+    inputs = left_padded([make_prompt(layout, seed=seed) for seed, layout in enumerate(BATCH)])
+    padded = {
+        key: torch.nn.functional.pad(value, (0, 0, 3, 0) if value.ndim == 3 else (3, 0))
+        for key, value in inputs.items()
+    }
+
+    def by_hand(**first):
+        output = model(**first, use_cache=True)
+        logits, attention = [output.logits[:, -1]], first["attention_mask"]
+        for _ in range(3):
+            attention = torch.nn.functional.pad(attention, (0, 1), value=1)
+            tokens = torch.tensor([[5], [6], [7]])
+            output = model(input_ids=tokens, attention_mask=attention, past_key_values=output.past_key_values)
+            logits.append(output.logits[:, -1])
+        return torch.stack(logits)
+
+    expected = by_hand(**padded)
+    with prune(model, policy=lambda prompt: Policy()):
+        torch.testing.assert_close(by_hand(**padded), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
 def test_assisted_decoding_takes_draft_tokens_for_decoded_ones(ready) -> None:
     # Drafts ride along with the prefill: the last prompt row is not the last row.
     model, rows, visual, config = ready
@@ -460,6 +486,7 @@ def test_a_prompt_that_ends_in_the_image_runs_dense_with_a_warning(ready) -> Non
         ({"cache_implementation": "offloaded"}, "cache_implementation"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
         ({"dola_layers": "high"}, "dola_layers"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"output_attentions": True}, "output_attentions"),
         ({"use_cache": False}, "use_cache"),
         ({"past_key_values": StaticCache}, "past_key_values"),

@@ -22,10 +22,17 @@ SPARE_SHARE = 8
 
 
 class CacheLease:
-    """Says whether the engine that filled a cache is still in charge of it. One a cache."""
+    """What the engine that filled a cache remembers of it. One a cache.
+
+    Attributes:
+        active: whether that engine is still in charge.
+        last_positions: int64 [batch or 1, 1], the position of each sample's last row. Layers hold fewer rows than
+            that, so it cannot be told from their lengths.
+    """
 
     def __init__(self) -> None:
         self.active = True
+        self.last_positions: torch.Tensor | None = None
 
 
 @dataclass

@@ -172,6 +172,12 @@ class PruningRun:
         if cache is not None and cache.get_seq_length() > 0:
             if self._policy is not None:
                 self._state = self._resume(cache)
+                lease = cache.layers[0].lease
+                if kwargs.get("position_ids") is None and lease.last_positions is not None:
+                    following = torch.arange(1, width + 1, device=lease.last_positions.device)
+                    kwargs["position_ids"] = lease.last_positions + following
+                if kwargs.get("position_ids") is not None:
+                    self._note_positions(lease, kwargs["position_ids"], width)
             return args, kwargs
         visual = self._visual_rows(given_mask, ids, batch, width)
         use_cache = kwargs.get("use_cache")
@@ -179,10 +185,23 @@ class PruningRun:
             cache = kwargs["past_key_values"] = DynamicCache()
         self._state = self._begin(visual, kwargs.get("attention_mask"), batch, width, cache)
         if self._policy is not None:
+            if cache is not None:
+                device = next(given for given in (embeds, ids) if given is not None).device
+                self._note_positions(cache.layers[0].lease, kwargs.get("position_ids"), width, device)
             for name in self._adapter.family.row_kwargs:
                 if kwargs.get(name) is not None:
                     kwargs[name] = self._state.pack(kwargs[name])
         return args, kwargs
+
+    @staticmethod
+    def _note_positions(
+        lease: CacheLease, position_ids: torch.Tensor | None, width: int, device: torch.device | None = None
+    ) -> None:
+        """Remember where the next token of a loop by hand goes, which gives no `position_ids` of its own."""
+        if position_ids is None:
+            lease.last_positions = torch.full((1, 1), width - 1, device=device)
+        else:
+            lease.last_positions = position_ids[:, -1:] if position_ids.ndim == 2 else None
 
     def _visual_rows(
         self, given_mask: torch.Tensor | None, ids: torch.Tensor | None, batch: int, width: int
@@ -201,6 +220,7 @@ class PruningRun:
             raise UnsupportedCallError(
                 "inputs_embeds was given without visual_mask: say which rows are visual (bool [batch, rows])"
             )
+        mask = torch.as_tensor(mask)
         if mask.shape[0] != batch and batch == mask.shape[0] * self._expand_size:
             mask = mask.repeat_interleave(self._expand_size, dim=0)
         if mask.shape[0] != batch or mask.shape[1] > width or (mask.shape[1] < width and not self._assisted):

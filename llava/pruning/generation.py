@@ -42,6 +42,7 @@ class GenerationOptions:
         refused = {
             "prefill_chunk_size": "the prompt must be prefilled in one piece",
             "penalty_alpha": "contrastive search is not supported",
+            "guidance_scale": "guidance prefills a second prompt, without the image",
             "dola_layers": "DoLa reads layers that hold different rows",
             "output_attentions": "attention is fused, its weights are never formed",
             "custom_generate": "only transformers' own decoding methods are supported",
