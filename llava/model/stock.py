@@ -34,7 +34,7 @@ def stock_model_type(model_path: str | Path) -> str | None:
         UserError: no such checkpoint, or no readable `config.json`.
         UnsupportedModelError: a family that `prune` refuses, with the reason.
     """
-    model_type = files.read_json(files.resolve_folder(model_path) / "config.json").get("model_type")
+    model_type = files.read_json(files.resolve_folder(model_path) / "config.json").get("model_type", "")
     if model_type in REFUSED:
         raise UnsupportedModelError(
             f"{model_path} is a {model_type!r} model, which cannot be pruned: {REFUSED[model_type]}"

@@ -107,10 +107,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation as the model takes it: int64 ids ``[1, T]``, pixels, and the rows it becomes."""
+    """A conversation as the model takes it: int64 ids ``[1, T]``, pixels (tensor, list or processor outputs), rows."""
 
     ids: torch.Tensor
-    pixels: torch.Tensor | list[torch.Tensor] | None
+    pixels: Any
     sizes: list[tuple[int, int]]
     num_rows: int
     num_visual: int

@@ -68,7 +68,11 @@ class VisiPrunerModel(lmms):
             raise UserError(f"batch_size is {batch_size!r}; visipruner needs a number") from error
         launch = Launch.start()
         self._rank, self._world_size = launch.rank, launch.world_size
-        place = {"device": launch.device(device), "dtype": dtype, "attn_implementation": attn_implementation}
+        place: dict[str, Any] = {
+            "device": launch.device(device),
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+        }
         place |= {"load_8bit": load_8bit, "load_4bit": load_4bit}
         self.backend: _Llava | _Stock
         if stock_model_type(pretrained) is None:
@@ -226,7 +230,7 @@ class _Stock:
 
     def __init__(self, path: str, pruning_config: Any, place: dict[str, Any]) -> None:
         self.source = StockProcessor(path)
-        skeleton = self.source.skeleton()
+        skeleton: Any = self.source.skeleton()
         self.config = _config(pruning_config, PruningConfig.for_model(skeleton))
         self.config.validate_for(len(skeleton.get_decoder().layers))
         self.model = StockModel(self.source, **place)
