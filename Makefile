@@ -8,11 +8,12 @@ python := $(VENV)/bin/python
 # -qq: errors only, no warnings
 pip := $(python) -m pip install -qq --disable-pip-version-check
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-oldest lint format clean
 
 help:
 	@echo "make demo    install into $(VENV) and ask the shipped model about a shipped picture, with pruning on"
 	@echo "make test    install what the tests need and run them"
+	@echo "make test-oldest   the engine's tests on the oldest transformers that is supported"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove $(VENV) and caches"
@@ -29,6 +30,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	@bash scripts/install_test_browser.sh || echo "No browser for the page tests: they are skipped."
 	$(python) -m pytest
+
+# The engine and every family on the oldest transformers that is supported
+test-oldest: $(VENV)/installed-dev
+	sh scripts/test_oldest_transformers.sh $(python)
 
 lint: $(VENV)/installed-dev
 	$(python) -m ruff check .

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -168,7 +169,7 @@ def between(values) -> float:
     """A number in the widest gap of the middle third, so that rounding moves nothing across it."""
     ordered = sorted(float(value) for value in values)
     third = len(ordered) // 3
-    gaps = list(zip(ordered, ordered[1:], strict=False))[third : len(ordered) - third]
+    gaps = list(pairwise(ordered))[third : len(ordered) - third]
     low, high = max(gaps, key=lambda gap: gap[1] - gap[0])
     return (low + high) / 2
 

@@ -45,9 +45,14 @@ def test_the_readme_snippet_runs(tmp_path, monkeypatch, capsys):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(llava.constants, "SHIPPED_MODEL_PATH", folder)
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
+    chat, on_any_model = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(compile(chat, "README.md", "exec"), names)
     assert "[" in capsys.readouterr().out.splitlines()[-1]
+    pixels = names["process_images"]([names["image"]], names["image_processor"], names["model"].config)
+    names["inputs"] = {"input_ids": names["ids"], "images": pixels}
+    exec(compile(on_any_model, "README.md", "exec"), names)
+    assert names["run"].traces[0].num_visual
 
 
 def test_the_readme_config_is_the_published_one_and_its_table_is_complete():
