@@ -271,7 +271,7 @@ def build_page(web: WebChat) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 upload = PictureFile(
-                    label="Upload a picture", file_types=["image"], type="filepath", height=110, elem_id="upload"
+                    label="Upload a picture", file_types=["image"], type="filepath", height=160, elem_id="upload"
                 )
                 example = gr.Dropdown(list(web.examples), value=None, label="or choose an example", elem_id="example")
                 shown = gr.Image(
