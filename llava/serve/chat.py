@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from llava.constants import (
     DEFAULT_IM_START_TOKEN,
     DEFAULT_IMAGE_TOKEN,
     IMAGE_TOKEN_INDEX,
-    SHIPPED_MODEL_PATH,
 )
 from llava.conversation import build_prompt, conv_templates, conversation_mode
 from llava.images import load_image
@@ -189,15 +188,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Which model, and where and how to run it; the fields are those of `load_pretrained_model`."""
+    """Where and how to run a model; the fields are those of `load_pretrained_model`."""
 
-    model_path: str | Path = SHIPPED_MODEL_PATH
-    model_base: str | Path | None = None
     device: str | None = None
     dtype: str | None = None
     load_8bit: bool = False
     load_4bit: bool = False
     attn_implementation: str | None = None
+
+    @classmethod
+    def of_arguments(cls, args: Any) -> LoadOptions:
+        """From a command line that has an option of each field's name."""
+        return cls(**{option.name: getattr(args, option.name) for option in fields(cls)})
 
 
 class Checkpoint:
@@ -243,7 +245,7 @@ class Checkpoint:
         return conv_templates[self.conv_mode].stop_string
 
     def load(self, options: LoadOptions) -> tuple[Any, Any]:
-        """Tokenizer and model; of `options`, all but the paths. Raises as `load_pretrained_model` does."""
+        """Tokenizer and model. Raises as `load_pretrained_model` does."""
         tokenizer, model, _, _ = load_pretrained_model(
             self.model_path,
             self.model_base,

@@ -417,18 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = PruningConfig.from_any(args.pruning_config)
     checkpoint = Checkpoint(args.model_path, args.model_base, args.conv_mode)
     config = checkpoint.pruning_config(given)
-    model = ChatModel(
-        checkpoint,
-        LoadOptions(
-            model_path=args.model_path,
-            model_base=args.model_base,
-            device=args.device,
-            dtype=args.dtype,
-            load_8bit=args.load_8bit,
-            load_4bit=args.load_4bit,
-            attn_implementation=args.attn_implementation,
-        ),
-    )
+    model = ChatModel(checkpoint, LoadOptions.of_arguments(args))
     web = WebChat(model, example_pictures())
     web.recommended = config
     launch(web, args.host, args.port, share=args.share)

@@ -143,16 +143,7 @@ def _one_shot_question(args: argparse.Namespace) -> str | None:
 def _load(checkpoint: Checkpoint, args: argparse.Namespace) -> ChatModel:
     if sys.stderr.isatty():
         print(f"Loading {clean_text(checkpoint.name)} …", file=sys.stderr)  # the loader draws a bar for large ones
-    return ChatModel(
-        checkpoint,
-        LoadOptions(
-            device=args.device,
-            dtype=args.dtype,
-            load_8bit=args.load_8bit,
-            load_4bit=args.load_4bit,
-            attn_implementation=args.attn_implementation,
-        ),
-    )
+    return ChatModel(checkpoint, LoadOptions.of_arguments(args))
 
 
 @contextmanager

@@ -269,16 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture: Picture = checkpoint.read_picture(args.image)
     checkpoint.encode([Turn(args.question, [picture])])
 
-    options = LoadOptions(
-        model_path=args.model_path,
-        model_base=args.model_base,
-        device=args.device,
-        dtype=args.dtype,
-        load_8bit=args.load_8bit,
-        load_4bit=args.load_4bit,
-        attn_implementation=args.attn_implementation,
-    )
-    chat = ChatModel(checkpoint, options)
+    chat = ChatModel(checkpoint, LoadOptions.of_arguments(args))
     runs = {"pruned": observe(chat, picture, args.question, config, max_new_tokens=args.max_new_tokens)}
     if args.compare:
         runs["dense"] = observe(chat, picture, args.question, max_new_tokens=args.max_new_tokens)

@@ -184,7 +184,7 @@ class _Llava:
     ) -> None:
         self.checkpoint = Checkpoint(path, base, conv_mode)
         self.config = self.checkpoint.pruning_config(_config(pruning_config, recommended_config(path)))
-        chat = ChatModel(self.checkpoint, LoadOptions(model_path=path, model_base=base, **place))
+        chat = ChatModel(self.checkpoint, LoadOptions(**place))
         self.model = self.network = chat.model
         self.tokenizer = chat.tokenizer
         stop = conv_templates[self.checkpoint.conv_mode].stop_string
