@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from llava.model.configs import model_class
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -162,18 +162,21 @@ def write_hf(folder: Path, model: Any, extra_vocab: int = 0, newer: bool = False
     config = model.config
     anyres = getattr(config, "image_aspect_ratio", None) == "anyres"
     is_mistral = isinstance(config, LlavaMistralConfig)
-    text = {key: getattr(config, key) for key in DECODER} | {"model_type": "mistral" if is_mistral else "llama"}
+    decoder = MistralConfig() if is_mistral else LlamaConfig()
+    known = {key for key in decoder.to_dict() if key not in ("architectures", "transformers_version", "dtype")}
+    text = {key: value for key, value in config.to_dict().items() if key in known}
+    text["model_type"] = decoder.model_type
     text["vocab_size"] += extra_vocab
     if is_mistral:
         text["sliding_window"] = None
     content = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava_next" if anyres else "llava",
-        "image_token_index": VOCAB,
+        "image_token_index": config.vocab_size,
         "text_config": text,
-        "vision_config": VISION,
+        "vision_config": config.vision_config,
         "projector_hidden_act": "gelu",
-        "vision_feature_layer": -2,
+        "vision_feature_layer": config.mm_vision_select_layer,
         "vision_feature_select_strategy": "default",
     }
     if anyres:
