@@ -12,6 +12,7 @@ import torch
 from family_models import FAMILIES, LAYERS, family_model
 from family_reference import GREEDY, Hidden, masks_hide, shallow_zeroed, thresholds_for
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import GenerationMixin
 
 from llava.pruning import (
     Cause,
@@ -129,21 +130,59 @@ def test_pruned_generation_equals_a_full_length_run_that_hides_the_pruned_rows(n
         assert each.visual_positions == prompt.visual.nonzero()[:, 0].tolist()
 
 
+BEAMS = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "do_sample": False}
+BEAM_BATCHES = {
+    "one image a prompt": ("one image", [ONE_IMAGE, (3, "image", 8), NO_IMAGE]),
+    "two images in a prompt": ("two images", [TWO_IMAGES, ONE_IMAGE, NO_IMAGE]),
+}
+
+
+def copies_get_their_images(name: str, batch: str) -> bool:
+    """Whether this transformers gives every beam the images of its own prompt."""
+    if hasattr(GenerationMixin, "_expand_multimodal_outputs"):
+        return True
+    # InternVL's second image has two tiles.
+    return not (name.startswith(("llava", "internvl")) and (batch == "two images in a prompt" or name == "internvl"))
+
+
 @pytest.mark.parametrize("mode", [["middle", "deep"], ["shallow", "middle", "deep"]], ids=["middle and deep", "all"])
+@pytest.mark.parametrize("batch", BEAM_BATCHES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_three_beams_of_a_padded_batch(name, mode) -> None:
-    # One image a prompt: older versions of transformers give beams with several the wrong ones in some families.
-    model, inputs = family_model(name), FAMILIES[name].inputs(ONE_IMAGE, (3, "image", 8), NO_IMAGE)
-    config = config_for(name, "one image", mode, "first" if "shallow" in mode else None)
-    beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "do_sample": False}
+def test_three_beams_of_a_padded_batch(name, batch, mode) -> None:
+    kind, prompts = BEAM_BATCHES[batch]
+    model, inputs = family_model(name), FAMILIES[name].inputs(*prompts)
+    config = config_for(name, kind, mode, "first" if "shallow" in mode else None)
+    if not copies_get_their_images(name, batch):
+        with prune(model, config), pytest.raises(UnsupportedCallError, match="use a newer transformers"):
+            model.generate(**inputs, **BEAMS)
+        return
     with prune(model, config) as run:
-        pruned = model.generate(**inputs, **beams)
+        pruned = model.generate(**inputs, **BEAMS)
     assert len(run.traces) == 3
     assert 0 < len(run.traces[0].kept_positions) < run.traces[0].num_visual
     hidden = hidden_rows(run.traces, inputs)
     with reference_run(model, config, hidden, copies=3):
-        reference = model.generate(**inputs, **beams)
+        reference = model.generate(**inputs, **BEAMS)
     assert pruned.tolist() == reference.tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_beam_sees_the_images_of_its_own_prompt(name) -> None:
+    """What the refusal above is about: rows that enter the decoder are those of the prompt alone."""
+    model, family = family_model(name), FAMILIES[name]
+    seen: list[torch.Tensor] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].detach().clone()), with_kwargs=True
+    )
+    try:
+        for inputs, copies in ((family.inputs(TWO_IMAGES), {}), (family.inputs(TWO_IMAGES), BEAMS)):
+            model.generate(**inputs, **{**BEAMS, "num_beams": 1, "num_return_sequences": 1, **copies})
+    finally:
+        hook.remove()
+    alone, *_ = seen
+    together = next(rows for rows in seen if rows.shape[:2] == (3, alone.shape[1]))
+    same = torch.allclose(together, alone.expand_as(together), atol=1e-5)
+    assert same == copies_get_their_images(name, "two images in a prompt")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from .config import PruningConfig, PruningConfigError
-from .errors import UnsupportedModelError
+from .errors import UnsupportedCallError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,15 @@ class Family:
         row_kwargs: keyword arguments of the decoder that are laid out like its rows, `[batch, rows]`.
         images: given the forward's keyword arguments, how many images there are, where all have equally many rows
             and no text needs to stand between two of them; None: an image is a stretch of visual rows.
+        flat_pixels: whether `pixel_values` are those of all prompts one behind the other, so that nothing but the
+            placeholders says which prompt an entry belongs to.
     """
 
     visual_token_keys: tuple[str, ...] = ()
     first_layer: Callable[[Any], int] = lambda config: 1
     row_kwargs: tuple[str, ...] = ()
     images: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
+    flat_pixels: bool = False
 
 
 def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
@@ -52,11 +56,11 @@ _IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
 
 # By the `model_type` of the outer config.
 FAMILIES: dict[str, Family] = {
-    "llava": Family(_IMAGE, images=_count_pictures),
+    "llava": Family(_IMAGE, images=_count_pictures, flat_pixels=True),
     # The newline rows inside an image have placeholders of their own, so they are visual too.
-    "llava_next": Family(_IMAGE),
-    "llava_onevision": Family(_IMAGE_AND_VIDEO),
-    "internvl": Family(_IMAGE),
+    "llava_next": Family(_IMAGE, flat_pixels=True),
+    "llava_onevision": Family(_IMAGE_AND_VIDEO, flat_pixels=True),
+    "internvl": Family(_IMAGE, flat_pixels=True),
     "smolvlm": Family(_IMAGE),
     "idefics3": Family(_IMAGE),
     "qwen2_vl": Family(_IMAGE_AND_VIDEO),
@@ -157,6 +161,35 @@ class Adapter:
                 f"pruning config: {key!r} is {value}; it must be at least {self.first_layer - earliest} for this "
                 f"model, whose image features join up to layer {self.first_layer - 1}"
             )
+
+    def refuse_wrong_copies(self, copies: int, inputs: Mapping[str, Any]) -> None:
+        """Refuse beams whose copies of a prompt would get another's pictures.
+
+        Older versions of transformers (5.17 among them) repeat every entry of `pixel_values` in its place, whatever
+        its prompt: right only where each prompt with pictures has exactly one. Newer ones copy what the tower gave.
+
+        Args:
+            copies: of each prompt.
+            inputs: keyword arguments of `generate`.
+
+        Raises:
+            UnsupportedCallError: with the remedy.
+        """
+        ids = inputs.get("input_ids")
+        if copies == 1 or ids is None or not self.family.flat_pixels:
+            return
+        if hasattr(self.model, "_expand_multimodal_outputs"):
+            return
+        for key, token in (("pixel_values", "image_token_id"), ("pixel_values_videos", "video_token_id")):
+            if inputs.get(key) is None:
+                continue
+            with_pictures = int((ids == getattr(self.model.config, token)).any(dim=1).sum())
+            if len(inputs[key]) != with_pictures:
+                raise UnsupportedCallError(
+                    f"{copies} copies of a prompt (num_beams or num_return_sequences) with several pictures or tiles: "
+                    f"transformers {transformers.__version__} gives the copies each other's pictures; "
+                    "use a newer transformers, or one copy and one beam"
+                )
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Which of `input_ids` (int64 [batch, rows]) are visual, bool; None if ids cannot tell."""

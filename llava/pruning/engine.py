@@ -137,6 +137,8 @@ class PruningRun:
             options = GenerationOptions(model, kwargs)
             if self._policy is not None:
                 options.refuse_unsupported()
+                given = {"input_ids": args[0], **kwargs} if args else {"input_ids": kwargs.get("inputs"), **kwargs}
+                self._adapter.refuse_wrong_copies(options.expand_size, given)
             with self._call_lock:
                 self._expand_size, self._assisted = options.expand_size, options.is_assisted
                 try:
