@@ -161,7 +161,7 @@ def test_settings_are_private_by_default(monkeypatch):
     monkeypatch.setattr(gradio_pruning, "launch", lambda web, host, port, share: seen.update(host=host, share=share))
     monkeypatch.setattr(gradio_pruning, "ChatModel", lambda checkpoint, options: None)
     monkeypatch.setattr(
-        gradio_pruning, "Checkpoint", lambda *args: type("C", (), {"pruning_config": lambda s, g=None: 0})()
+        gradio_pruning, "open_checkpoint", lambda *args: type("C", (), {"pruning_config": lambda s, g=None: 0})()
     )
     monkeypatch.setattr(gradio_pruning, "WebChat", lambda *args: type("W", (), {})())
     gradio_pruning.main([])

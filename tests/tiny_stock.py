@@ -19,8 +19,12 @@ TEMPLATE = (
 )
 
 
-def write_stock(folder: Path) -> Path:
-    """An Idefics3 checkpoint: the one family whose processor needs no torchvision for video."""
+def write_stock(folder: Path, splits: bool = False) -> Path:
+    """An Idefics3 checkpoint: the one family whose processor needs no torchvision for video.
+
+    Args:
+        splits: whether its processor cuts pictures into tiles of 56 pixels, two along the longer side.
+    """
     words = WORDS + [f"w{number}" for number in range(100 - len(WORDS))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -28,8 +32,8 @@ def write_stock(folder: Path) -> Path:
         tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
     )
     tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS], special_tokens=True)
-    side = {"longest_edge": 56}
-    images = Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
+    tile, size = {"longest_edge": 56}, {"longest_edge": 112 if splits else 56}
+    images = Idefics3ImageProcessorPil(size=size, max_image_size=tile, do_image_splitting=splits)
     Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=TEMPLATE).save_pretrained(folder)
     FAMILIES["idefics3"].build().save_pretrained(folder)
     return folder

@@ -106,13 +106,32 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation as the model takes it: int64 ids ``[1, T]``, pixels (tensor, list or processor outputs), rows."""
+    """A conversation as the model takes it.
+
+    Attributes:
+        ids: int64 ``[1, T]``, what ``generate`` gets.
+        pixels: the pictures: a tensor, a list of tensors, or a processor's outputs by name.
+        sizes: (width, height) of the pictures where the model asks for them.
+        row_ids: int64 ``[rows]``, the id that each row of the decoder came from; ``IMAGE_TOKEN_INDEX`` on visual ones.
+    """
 
     ids: torch.Tensor
     pixels: Any
     sizes: list[tuple[int, int]]
-    num_rows: int
-    num_visual: int
+    row_ids: torch.Tensor
+
+    @property
+    def is_visual(self) -> torch.Tensor:
+        """Bool ``[rows]``."""
+        return self.row_ids == IMAGE_TOKEN_INDEX
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def num_visual(self) -> int:
+        return int(self.is_visual.sum())
 
 
 @dataclass(frozen=True)
@@ -240,6 +259,11 @@ class Checkpoint:
             self._skeleton = model_class(self.config)(self.config)
 
     @property
+    def num_patches_per_side(self) -> int:
+        """Of the vision tower's input; of a tile where the picture is cut into tiles."""
+        return self._skeleton.get_vision_tower().num_patches_per_side
+
+    @property
     def stop_string(self) -> str:
         """Text that ends an answer."""
         return conv_templates[self.conv_mode].stop_string
@@ -302,18 +326,21 @@ class Checkpoint:
         pictures = [picture for turn in turns for picture in turn.pictures]
         pixels = _stacked([picture.pixels for picture in pictures])
         sizes = [picture.image.size for picture in pictures]
-        num_visual = 0
+        rows_of_id = torch.ones_like(ids)
         if pixels is not None:
             empty = pixels.to("meta") if isinstance(pixels, torch.Tensor) else [part.to("meta") for part in pixels]
-            num_visual = sum(len(rows) for rows in self._skeleton.image_rows(empty, sizes))
-        num_rows = int((ids != IMAGE_TOKEN_INDEX).sum()) + num_visual
-        if num_rows >= self.context_len:
+            counts = [len(rows) for rows in self._skeleton.image_rows(empty, sizes)]
+            rows_of_id[ids == IMAGE_TOKEN_INDEX] = torch.tensor(counts)
+        return self._within_context(Prompt(ids[None], pixels, sizes, ids.repeat_interleave(rows_of_id)))
+
+    def _within_context(self, prompt: Prompt) -> Prompt:
+        if prompt.num_rows >= self.context_len:
             raise UserError(
-                f"the prompt has {num_rows:,} tokens, {num_visual:,} of them from pictures, and leaves no room for an "
-                f"answer: the model's context is {self.context_len:,}; ask a shorter question, with fewer pictures or "
-                "earlier turns"
+                f"the prompt has {prompt.num_rows:,} tokens, {prompt.num_visual:,} of them from pictures, and leaves "
+                f"no room for an answer: the model's context is {self.context_len:,}; ask a shorter question, with "
+                "fewer pictures or earlier turns"
             )
-        return Prompt(ids[None], pixels, sizes, num_rows, num_visual)
+        return prompt
 
     def _question(self, turn: Turn) -> str:
         slots, pictures = turn.question.count(DEFAULT_IMAGE_TOKEN), len(turn.pictures)
@@ -548,6 +575,11 @@ class ChatSession:
         pruned = self.model.answer(prompt, self.config, self.options, stop=stop)
         self._remember(turn, pruned)
         return Comparison(dense, pruned)
+
+    def last_prompt(self) -> Prompt:
+        """What the newest answer was given to."""
+        *earlier, last = self.turns
+        return self.model.checkpoint.encode([*earlier, replace(last, answer=None)])
 
     def _next(self, question: str) -> tuple[Turn, Prompt]:
         turn = Turn(question, list(self.waiting))

@@ -32,15 +32,14 @@ from llava.serve.chat import (
     Answer,
     ChatModel,
     ChatSession,
-    Checkpoint,
     GenerationOptions,
     LoadOptions,
-    Picture,
     describe,
 )
+from llava.serve.stock_chat import open_checkpoint
 from llava.utils import UserError, run_main
 from llava.visualize.draw import overlay_kept
-from llava.visualize.geometry import patch_map
+from llava.visualize.geometry import kept_in_words, patch_maps
 
 MAX_UPLOAD = "20mb"
 MAX_PIXELS = 25_000_000
@@ -138,7 +137,8 @@ class WebChat:
                 yield session, _shown(session.messages), "", kept, "Answering …"
             answer = session.chat.last_answer
             assert answer is not None  # the stream ended without an error
-            yield session, _shown(session.messages), "", self._kept_picture(session, answer), describe(answer)
+            picture, words = self._kept_picture(session, answer)
+            yield session, _shown(session.messages), "", picture, describe(answer) + words
         except UserError as error:
             session.messages = before
             yield session, _shown(before), question, kept, f"Error: {error}"
@@ -225,27 +225,24 @@ class WebChat:
         else:
             yield [_message(result.text, result)]
 
-    def _kept_picture(self, session: WebSession, answer: Answer) -> Image.Image | None:
-        """The conversation's newest picture with what was kept of it."""
+    def _kept_picture(self, session: WebSession, answer: Answer) -> tuple[Image.Image | None, str]:
+        """The conversation's newest picture with what was kept of it, and what is to say where that cannot be drawn."""
         pictures = [picture for turn in session.chat.turns for picture in turn.pictures]
         if not pictures:
-            return None
+            return None, ""
         newest = pictures[-1]
         if answer.trace is None or not answer.visual_tokens:
-            return newest.image
-        patches = self._patches(newest)
+            return newest.image, ""
+        patches = patch_maps(self.model.checkpoint, session.chat.last_prompt(), pictures)[-1]
         # Pictures are spliced in order, so the newest one's rows are the last.
         positions = answer.trace.visual_positions[-len(patches.boxes) :]
         if answer.trace.select_layer is None:
             kept = np.full(len(positions), answer.trace.exit_layer is None)
         else:
             kept = np.isin(positions, answer.trace.kept_positions)
-        return overlay_kept(newest.image, patches, kept)
-
-    def _patches(self, picture: Picture) -> Any:
-        checkpoint, tower = self.model.checkpoint, self.model.model.get_vision_tower()
-        size = picture.image.size
-        return patch_map(size, checkpoint.image_processor, checkpoint.config, tower.num_patches_per_side)
+        if not patches.is_known:
+            return newest.image, f" · {kept_in_words(kept)}"
+        return overlay_kept(newest.image, patches, kept), ""
 
 
 def _whole(value: float | None) -> Any:
@@ -415,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < args.port < 65536:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")
     given = PruningConfig.from_any(args.pruning_config)
-    checkpoint = Checkpoint(args.model_path, args.model_base, args.conv_mode)
+    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
     config = checkpoint.pruning_config(given)
     model = ChatModel(checkpoint, LoadOptions.of_arguments(args))
     web = WebChat(model, example_pictures())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.images import load_image
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import context_length
@@ -16,6 +17,7 @@ from llava.model.recommended import FILE_NAME
 from llava.model.stock import StockModel, StockProcessor, stock_model_type
 from llava.pruning import PruningConfig
 from llava.pruning.adapters import adapter_for
+from llava.pruning.geometry import PatchGrid, Size
 from llava.serve.chat import Checkpoint, LoadOptions, Picture, Prompt, Turn
 from llava.utils import UserError
 
@@ -97,11 +99,9 @@ class StockCheckpoint(Checkpoint):
         ids = inputs.pop("input_ids")
         del inputs["attention_mask"]
         visual = self._adapter.visual_mask(ids)
-        num_visual = int(visual.sum()) if visual is not None else 0
-        if ids.shape[1] >= self.context_len:
-            raise UserError(
-                f"the prompt has {ids.shape[1]:,} tokens, {num_visual:,} of them from pictures, and leaves no room for "
-                f"an answer: the model's context is {self.context_len:,}; ask a shorter question, with fewer pictures "
-                "or earlier turns"
-            )
-        return Prompt(ids, inputs, [], ids.shape[1], num_visual)
+        row_ids = ids if visual is None else ids.masked_fill(visual, IMAGE_TOKEN_INDEX)
+        return self._within_context(Prompt(ids, inputs, [], row_ids[0]))
+
+    def patch_grids(self, prompt: Prompt, sizes: Sequence[Size]) -> list[list[PatchGrid]] | None:
+        """Where the prompt's visual rows look in its pictures of these sizes; see `Adapter.patch_grids`."""
+        return self._adapter.patch_grids(self.image_processor, prompt.pixels, sizes, prompt.num_visual)

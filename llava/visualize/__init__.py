@@ -4,7 +4,7 @@
 `attention_to_image`, …) turn the record into arrays; `llava.visualize.draw` (extra `viz`) draws arrays.
 """
 
-from .geometry import PatchMap, patch_map
+from .geometry import PatchMap, patch_map, patch_maps
 from .lenses import (
     Shares,
     TopTokens,
@@ -35,6 +35,7 @@ __all__ = [
     "logit_lens",
     "observe",
     "patch_map",
+    "patch_maps",
     "project",
     "readable",
     "record",

@@ -1,14 +1,15 @@
 """Where on the picture a visual row looks: through padding, cropping and anyres tiles, back to the original.
 
-Every preparation of `llava.mm_utils.process_images` is a chain of shifts and scalings, so that a patch of the
-vision tower covers one upright box of the original picture. The box may reach over the picture's edge (padding)
-or lie wholly outside.
+Every preparation of `llava.mm_utils.process_images`, and of transformers' own processors, is a chain of shifts and
+scalings, so that a patch of the vision tower covers one upright box of the original picture. The box may reach over
+the picture's edge (padding) or lie wholly outside.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +18,15 @@ from llava.mm_utils import (
     get_anyres_image_grid_shape,
     grid_pinpoints,
     letterbox,
+    processor_shortest_edge,
     select_best_resolution,
     square_offset,
     unpadded_box,
 )
 from llava.model.llava_arch import merge_type
-
-View = Literal["whole", "tiles"]
-"""An anyres picture is seen twice: as a whole, and in tiles at full resolution. Others are seen as a whole only."""
+from llava.pruning.geometry import PatchGrid, View
+from llava.serve.chat import Checkpoint, Picture, Prompt
+from llava.serve.stock_chat import StockCheckpoint
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class PatchMap:
         left, top, right, bottom = self.boxes.T
         # Comparisons with NaN are false.
         return (right > 0) & (bottom > 0) & (left < width) & (top < height)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is known where rows look; else no row has a box."""
+        return not np.isnan(self.boxes).all()
 
     @property
     def has_tiles(self) -> bool:
@@ -90,6 +97,50 @@ class PatchMap:
         return canvas
 
 
+def patch_maps(checkpoint: Checkpoint, prompt: Prompt, pictures: Sequence[Picture]) -> list[PatchMap]:
+    """The boxes of every picture's rows in a prompt of any checkpoint.
+
+    Args:
+        checkpoint: what made the prompt.
+        prompt: from its `encode`.
+        pictures: all pictures of the prompt, in order.
+
+    Returns:
+        A map a picture, whose rows together are the prompt's visual rows. Where it is not known how a family lays
+        its rows out, one map for all, without boxes (`PatchMap.is_known`).
+    """
+    sizes = [picture.image.size for picture in pictures]
+    if not isinstance(checkpoint, StockCheckpoint):
+        side = checkpoint.num_patches_per_side
+        return [patch_map(size, checkpoint.image_processor, checkpoint.config, side) for size in sizes]
+    grids = checkpoint.patch_grids(prompt, sizes)
+    if grids is None:
+        nowhere = np.full((prompt.num_visual, 4), np.nan)
+        return [PatchMap(size, nowhere, np.full(len(nowhere), "")) for size in sizes[-1:]]
+    return [map_of_grids(size, own) for size, own in zip(sizes, grids, strict=True)]
+
+
+def kept_in_words(kept: np.ndarray) -> str:
+    """Kept rows of a picture that cannot be drawn on it, by number. `kept`: bool [visual rows]."""
+    numbers = np.flatnonzero(kept).tolist()
+    listed = ", ".join(map(str, numbers)) if numbers else "none"
+    return f"where this model's visual tokens lie in the picture is not known; kept, of {len(kept)}: {listed}"
+
+
+def map_of_grids(picture_size: Size, grids: Sequence[PatchGrid]) -> PatchMap:
+    """The boxes of one picture's rows from the grids that a family's adapter tells of."""
+    return _as_map(picture_size, [(_grid_boxes(picture_size, grid), grid.view) for grid in grids])
+
+
+def _grid_boxes(picture_size: Size, grid: PatchGrid) -> np.ndarray:
+    """[lines · columns, 4], with rows of NaN for newlines."""
+    left, top, right, bottom = np.multiply(grid.box, np.tile(picture_size, 2))
+    boxes = _cells(np.linspace(left, right, grid.columns + 1), np.linspace(top, bottom, grid.lines + 1))
+    if grid.newline:
+        boxes = np.concatenate([boxes, np.full((grid.lines, 1, 4), np.nan)], axis=1)
+    return boxes.reshape(-1, 4)
+
+
 def patch_map(picture_size: Size, image_processor: Any, config: Any, num_patches_per_side: int) -> PatchMap:
     """The boxes of a picture's rows, as `process_images` prepares it and the splice lays it out.
 
@@ -117,7 +168,7 @@ def patch_map(picture_size: Size, image_processor: Any, config: Any, num_patches
 def _anyres_map(size: Size, processor: Any, config: Any, side: int, has_class_token: bool) -> PatchMap:
     width, height = size
     # The whole picture is squeezed into a square before the processor sees it.
-    squeezed = processor.size["shortest_edge"]
+    squeezed = processor_shortest_edge(processor)
     whole = _processed_boxes((squeezed, squeezed), processor, side)
     whole *= np.tile((width / squeezed, height / squeezed), 2)
 
@@ -150,8 +201,8 @@ def _processed_boxes(size: Size, processor: Any, side: int) -> np.ndarray:
     resized_width, resized_height = width, height
     if getattr(processor, "do_resize", True):
         target = dict(processor.size)
-        shortest = target.get("shortest_edge")
-        if shortest is None:
+        shortest = processor_shortest_edge(processor)
+        if target.get("shortest_edge") is None:
             resized_width, resized_height = target["width"], target["height"]
         elif width <= height:
             resized_width, resized_height = shortest, int(shortest * height / width)
@@ -164,10 +215,14 @@ def _processed_boxes(size: Size, processor: Any, side: int) -> np.ndarray:
 
     xs = crop_left + np.arange(side + 1) * crop_width / side
     ys = crop_top + np.arange(side + 1) * crop_height / side
-    xs, ys = xs * width / resized_width, ys * height / resized_height
+    return _cells(xs * width / resized_width, ys * height / resized_height).reshape(-1, 4)
+
+
+def _cells(xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
+    """Boxes between the lines of a grid: float [len(ys) - 1, len(xs) - 1, 4]."""
     left, top = np.meshgrid(xs[:-1], ys[:-1])
     right, bottom = np.meshgrid(xs[1:], ys[1:])
-    return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4)
+    return np.stack([left, top, right, bottom], axis=-1)
 
 
 def _with_class_token(boxes: np.ndarray) -> np.ndarray:

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from llava.constants import IMAGE_TOKEN_INDEX
 from llava.pruning import PruningConfig, PruningTrace, prune
 from llava.pruning.flops import savings
 from llava.pruning.policy import PolicyFactory
 from llava.serve.chat import ChatModel, GenerationOptions, Picture, Turn
 from llava.utils import UserError
 
-from .geometry import PatchMap, patch_map
+from .geometry import PatchMap, patch_maps
 from .lenses import readable
 from .record import Recording, RowRecord, record
 
@@ -32,7 +31,8 @@ class Observation:
         trace: what was decided.
         savings: fraction of the dense prefill's FLOPs that was saved, by convention (`llava.pruning.flops`).
         recording: the rows that were recorded.
-        patches: where each visual row looks, in the order of `recording.visual_positions`.
+        patches: where each visual row looks, in the order of `recording.visual_positions`; without boxes where that
+            is not known (`PatchMap.is_known`).
         labels: a word for each row of the prompt and each token of the answer: the vocabulary's piece, or
             "patch i".
         answer_ids: the answer's tokens.
@@ -96,10 +96,7 @@ def observe(
     prepared = picture if isinstance(picture, Picture) else checkpoint.read_picture(picture)
     checked = None if config is None else checkpoint.pruning_config(config)
     prompt = checkpoint.encode([Turn(question, [prepared])])
-    ids = prompt.ids[0].tolist()
-    first = ids.index(IMAGE_TOKEN_INDEX)
-    is_visual = np.zeros(prompt.num_rows, dtype=bool)
-    is_visual[first : first + prompt.num_visual] = True
+    is_visual = prompt.is_visual.numpy()
 
     # Row N - 1 + k predicts token k.
     watched = [*rows, *range(prompt.num_rows - 1, prompt.num_rows - 1 + max_new_tokens)]
@@ -110,9 +107,10 @@ def observe(
     def pieces(ids: Iterable[int]) -> list[str]:
         return [readable(str(piece)) for piece in chat.tokenizer.convert_ids_to_tokens(list(ids))]
 
-    labels = pieces(ids[:first]) + [f"patch {number}" for number in range(prompt.num_visual)]
-    labels += pieces(ids[first + 1 :]) + pieces(answer.ids)
-    tower = chat.model.get_vision_tower()
+    patches = (f"patch {number}" for number in range(prompt.num_visual))
+    words = iter(pieces(prompt.row_ids[~prompt.is_visual].tolist()))
+    labels = [next(patches if visual else words) for visual in is_visual]
+    (where,) = patch_maps(checkpoint, prompt, [prepared])
     return Observation(
         picture=prepared,
         question=question,
@@ -121,9 +119,7 @@ def observe(
         trace=run.traces[0],
         savings=savings(run.traces[0], chat.model),
         recording=recording,
-        patches=patch_map(
-            prepared.image.size, checkpoint.image_processor, checkpoint.config, tower.num_patches_per_side
-        ),
-        labels=labels,
+        patches=where,
+        labels=[*labels, *pieces(answer.ids)],
         answer_ids=answer.ids,
     )

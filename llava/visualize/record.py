@@ -19,6 +19,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning.adapters import adapter_for
+from llava.pruning.passes import Prefill
 from llava.pruning.policy import Reading
 from llava.pruning.probe import measure_visual_shares
 from llava.utils import UserError
@@ -105,8 +106,8 @@ def record(model: nn.Module, is_visual: Any, rows: Iterable[int] = (-1,)) -> Ite
     Works inside or around a `prune` block, and without one. The model's results do not change.
 
     Args:
-        model: a supported model (`llava.pruning.supported_models`) whose layers have plain query, key, value and
-            output projections with rotary positions.
+        model: a supported model (`llava.pruning.supported_models`) whose layers have query, key, value and output
+            projections, with rotary positions.
         is_visual: bool [N], which rows of the spliced prompt are visual.
         rows: positions; negative ones count from the end of the prompt, so -1 is its last row. N + k is the row
             of the k-th generated token, seen where it is fed back to the model.
@@ -129,11 +130,10 @@ def record(model: nn.Module, is_visual: Any, rows: Iterable[int] = (-1,)) -> Ite
     try:
         for number, layer in enumerate(adapter.layers):
             attention = layer.self_attn
-            missing = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if not hasattr(attention, name)]
-            if missing or hasattr(attention, "q_norm"):
+            if not all(hasattr(attention, f"{name}_proj") for name in "qkvo"):
                 raise UserError(
-                    f"{type(attention).__name__} cannot be recorded: only attention with plain q, k, v and o "
-                    "projections is known"
+                    f"{type(attention).__name__} cannot be recorded: only attention with q, k, v and o projections "
+                    "is known"
                 )
             undo += recorder.watch(number, layer)
         yield recorder.recording
@@ -151,7 +151,8 @@ class _Recorder:
         self.hidden_size = config.hidden_size
         self.projected: dict[str, torch.Tensor] = {}
         self.is_prefill = True
-        self.positions = np.empty(0, dtype=np.int64)  # of the rows in the layer that runs
+        self.entering = np.empty(0, dtype=np.int64)  # positions of the rows that this pass began with
+        self.positions = self.entering  # of those in the layer that runs
         # Positions of the keys that each layer holds, prompt and answer.
         self.key_positions: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * recording.num_layers
 
@@ -179,7 +180,7 @@ class _Recorder:
             attention.register_forward_pre_hook(before, with_kwargs=True),
             attention.register_forward_hook(attended, with_kwargs=True),
             layer.register_forward_hook(after, with_kwargs=True, prepend=True),
-            *(getattr(attention, f"{name}_proj").register_forward_hook(projection(name)) for name in "qkv"),
+            *(_before_rotation(attention, name).register_forward_hook(projection(name)) for name in "qkv"),
         ]
         return [hook.remove for hook in hooks]
 
@@ -188,18 +189,17 @@ class _Recorder:
     def _note_positions(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> None:
         if hidden.shape[0] != 1:
             raise UserError(f"one prompt at a time can be recorded, without beams; this call has {hidden.shape[0]}")
-        position_ids = kwargs.get("position_ids")
-        if position_ids is None or position_ids.ndim != 2:
-            raise UserError("this model does not tell its layers the rows' positions; it cannot be recorded")
-        positions = position_ids[0].cpu().numpy()
         recording = self.recording
         if layer == 0:
-            # All rows are there in layer 0, so a prefill shows; deeper layers may have lost the prompt's first row.
-            self.is_prefill = positions[0] == 0
-            if self.is_prefill and positions[-1] >= recording.num_rows:
-                raise UserError(
-                    f"is_visual has {recording.num_rows} rows, but the prompt has at least {positions[-1] + 1}"
-                )
+            # Every row is there in layer 0, so its cache holds all that came before; position ids would not do,
+            # since a family may count a picture's rows otherwise.
+            cache = kwargs.get("past_key_values")
+            first = cache.get_seq_length(0) if cache is not None else 0
+            self.is_prefill = first == 0
+            self.entering = np.arange(first, first + hidden.shape[1])
+            if self.is_prefill and hidden.shape[1] > recording.num_rows:
+                raise UserError(f"is_visual has {recording.num_rows} rows, but the prompt has {hidden.shape[1]}")
+        positions = self._still_there(kwargs.get("forward_state"))
         if self.is_prefill:
             self.key_positions[layer] = positions
             recording.present[layer] = False
@@ -207,6 +207,16 @@ class _Recorder:
         else:
             self.key_positions[layer] = np.concatenate([self.key_positions[layer], positions])
         self.positions = positions
+
+    def _still_there(self, state: Any) -> np.ndarray:
+        """Positions of the rows in this layer. `state`: of a prune block; None without one."""
+        if not isinstance(state, Prefill):
+            return self.entering
+        if len(state.samples) != 1:
+            raise UserError(f"one prompt at a time can be recorded, without beams; this call has {len(state.samples)}")
+        (sample,) = state.samples
+        gone = np.setdiff1d(sample.trace.visual_positions, sample.rows.positions)
+        return self.entering[~np.isin(self.entering, gone)]
 
     def _asked(self) -> list[tuple[int, int]]:
         """(index in this pass, position) of the wanted rows."""
@@ -245,8 +255,10 @@ class _Recorder:
     def _note_attention(self, layer: int, attention: Any, kwargs: dict[str, Any]) -> None:
         recording, held = self.recording, self.key_positions[layer]
         head_dim = attention.head_dim
-        # [1, rows, heads * head_dim] → [1, heads, rows, head_dim]
-        query, keys, values = (self.projected[name].unflatten(-1, (-1, head_dim)).transpose(1, 2) for name in "qkv")
+        # [1, rows, heads * head_dim], or with the heads apart already → [1, heads, rows, head_dim]
+        query, keys, values = (
+            self.projected[name].reshape(1, len(self.positions), -1, head_dim).transpose(1, 2) for name in "qkv"
+        )
         if self.is_prefill:
             recording.value_l1[layer] = np.nan
             recording.value_l1[layer, held] = _host(values[0].float().abs().sum(dim=(0, 2)))
@@ -313,6 +325,11 @@ def as_read(weights: torch.Tensor, visual: torch.Tensor, reading: Reading, num_v
     if reading is Reading.FIRST_SINK and not row_is_visual:
         kept[:, visual.nonzero()[0, 0]] = weights[:, visual].sum(dim=-1)
     return kept
+
+
+def _before_rotation(attention: Any, name: str) -> nn.Module:
+    """The module whose output is what rotary positions turn: a head's norm where there is one, else the projection."""
+    return getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
 
 
 def _reading(layer: int, kwargs: dict[str, Any]) -> Reading:

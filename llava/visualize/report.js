@@ -56,7 +56,7 @@ function draw() {
   const words = attention
     ? `Layer ${layer}, ${name}: the last row of the prompt gives ${percent(run.image[layer])} of its attention ` +
       `to the picture, at most ${percent(run.max[layer])} to one patch.`
-    : `Layer ${layer}, ${name}: ${run.count[layer]} of ${run.there[layer].length} patches are there.`;
+    : `Layer ${layer}, ${name}: ${run.count[layer]} of ${data.total} patches are there.`;
   said.textContent = words;
   slider.setAttribute("aria-valuetext", `layer ${layer}`);
   canvas.setAttribute("aria-label", words);

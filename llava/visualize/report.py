@@ -34,10 +34,12 @@ from llava.constants import SHIPPED_MODEL_PATH
 from llava.conversation import conv_templates
 from llava.pruning import PruningConfig
 from llava.pruning.flops import vision_attention_saved
-from llava.serve.chat import ChatModel, Checkpoint, LoadOptions, Picture, Turn
+from llava.serve.chat import ChatModel, LoadOptions, Picture, Turn
+from llava.serve.stock_chat import open_checkpoint
 from llava.utils import UserError, run_main
 
 from .draw import overlay_kept
+from .geometry import kept_in_words
 from .lenses import (
     TopTokens,
     attention_shares,
@@ -90,6 +92,7 @@ def build_report(chat: ChatModel, runs: dict[str, Observation]) -> str:
         conventions=CONVENTIONS,
         facts=_facts(chat),
         num_layers=first.recording.num_layers,
+        is_known=first.patches.is_known,
     )
 
 
@@ -97,7 +100,7 @@ def _run_facts(chat: ChatModel, run: Observation) -> dict[str, Any]:
     trace, config, last = run.trace, run.config, run.last
     shares = attention_shares(run.recording, last)
     curve = smallest_cosines(last)
-    is_dense = config is None or not config.mode
+    is_dense, is_known = config is None or not config.mode, run.patches.is_known
     thresholds = {}
     if config is not None and config.middle:
         thresholds["layer_threshold"] = config.layer_threshold
@@ -111,7 +114,9 @@ def _run_facts(chat: ChatModel, run: Observation) -> dict[str, Any]:
         "trace": trace,
         "num_kept": int(run.kept.sum()),
         "num_visual": trace.num_visual,
-        "kept_picture": _data_uri(overlay_kept(run.picture.image, run.patches, run.kept)),
+        # A picture without marks would say that nothing was kept.
+        "kept_picture": _data_uri(overlay_kept(run.picture.image, run.patches, run.kept)) if is_known else None,
+        "kept_words": kept_in_words(run.kept),
         "savings": run.savings,
         "vision_attention_saved": vision_attention_saved(trace),
         "shares": [dict(zip(shares._fields, map(float, layer), strict=True)) for layer in np.stack(shares, axis=1)],
@@ -161,7 +166,12 @@ def _slider_data(runs: dict[str, Observation]) -> dict[str, Any]:
     width, height = first.picture.image.size
     boxes = first.patches.boxes / np.tile((width, height), 2)
     shown = np.flatnonzero(first.patches.on_picture)
-    data: dict[str, Any] = {"boxes": np.round(boxes[shown], 5).tolist(), "rows": shown.tolist(), "runs": {}}
+    data: dict[str, Any] = {
+        "boxes": np.round(boxes[shown], 5).tolist(),
+        "rows": shown.tolist(),
+        "total": len(boxes),
+        "runs": {},
+    }
     for name, run in runs.items():
         attention = np.nan_to_num(attention_to_image(run.recording, run.last))
         there = run.recording.present[:, run.recording.visual_positions]
@@ -264,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
     given = PruningConfig.from_any(args.pruning_config)
-    checkpoint = Checkpoint(args.model_path, args.model_base, args.conv_mode)
+    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
     config = checkpoint.pruning_config(given)
     picture: Picture = checkpoint.read_picture(args.image)
     checkpoint.encode([Turn(args.question, [picture])])
