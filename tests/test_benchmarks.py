@@ -1,12 +1,13 @@
 """The benchmarks compare what they say they compare, and leave behind what they say."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from benchmarks import all as every
-from benchmarks import decode, memory, prefill, probe, throughput
+from benchmarks import decode, layers, memory, prefill, probe, throughput
 from benchmarks.hardware import Machine, prefill_roofline
 from benchmarks.shapes import SHAPES, Prompts, Schedule, build_decoder, twin
 from benchmarks.timing import Timings, interleave
@@ -106,12 +107,15 @@ RUNS = {
     "throughput": (throughput, ["--repetitions", "2", "--batch", "3", "--tokens", "3"]),
     "memory": (memory, []),
     "probe": (probe, []),
+    "layers": (layers, ["--repetitions", "2"]),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_benchmark_prints_and_writes_its_figures(name, tmp_path, capsys):
     benchmark, own = RUNS[name]
+    if name == "layers" and not shutil.which("g++"):
+        pytest.skip("torch.compile on a CPU needs a C++ compiler")
     benchmark.main([*SMALL, *own, "--output", str(tmp_path)])
     assert "random weights" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
@@ -133,9 +137,19 @@ def test_every_benchmark_prints_and_writes_its_figures(name, tmp_path, capsys):
         assert facts["answers equal to those alone"] == "3 of 3"
     if name == "memory":
         assert facts["KV_MB_after_prefill, pruned / dense"] == pytest.approx((33 * 4 + 19 * 2 + 9 * 2) / (33 * 8))
+    if name == "layers":
+        assert list(tables) == ["4 layers, 19 rows", "4 layers, 9 rows", "4 layers, 1 rows"]
+        assert all({layers.EAGER, layers.COMPILED} <= {row["variant"] for row in table} for table in tables.values())
     if name == "probe":
         assert facts["probes in a prefill"] == 3
         assert 0 < facts["probe's share of the prefill's operator time"] < 1
+
+
+def test_layers_alone_compute_what_the_decoder_computes(model):
+    hidden = torch.randn(1, 7, TINY.hidden)
+    given = (hidden, *model.model.rotary_emb(hidden, position_ids=torch.arange(7)[None]))
+    reference = model(inputs_embeds=hidden, output_hidden_states=True).hidden_states[-1]
+    assert torch.allclose(model.model.norm(layers.Layers(model.model)(*given)), reference, atol=1e-5)
 
 
 def test_the_published_schedule_shapes_fit_their_models():
@@ -152,7 +166,7 @@ def test_all_hands_shared_arguments_on_and_goes_on_after_running_out_of_memory(m
         if "2304" in argv:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    for benchmark in (prefill, decode, throughput, probe):
+    for benchmark in (prefill, decode, throughput, probe, layers):
         monkeypatch.setattr(benchmark, "main", runs.append)
     monkeypatch.setattr(memory, "main", short_of_memory)
     with pytest.raises(SystemExit, match="2304: tried to allocate 2 GiB"):
