@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from llava.serve.options import add_model_options, add_pruning_option
 from llava.serve.text import clean_text
 
 
@@ -35,19 +36,11 @@ class _Parser(argparse.ArgumentParser):
 def _arguments(argv: Sequence[str] | None, can_prune: bool) -> argparse.Namespace:
     parser = _Parser(
         prog=f"python -m llava.serve.{'cli_pruning' if can_prune else 'cli'}",
-        description="Chat with a LLaVA model about pictures"
+        description="Chat with a vision-language model about pictures"
         + (", with visual tokens pruned (VisiPruner)." if can_prune else "."),
         epilog="Without --question and with a keyboard it is a chat; /help there lists its commands.",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--model-path", help="folder or hub id of a LLaVA checkpoint (default: the model that ships)")
-    model.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    model.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the first of cuda, mps, cpu that is there)")
-    model.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on cpu, float16 elsewhere)")
-    model.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (extra 'quant')")
-    model.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (extra 'quant')")
-    model.add_argument("--attn-implementation", help="sdpa (default), eager or flash_attention_2")
-    model.add_argument("--conv-mode", help="prompt template, such as vicuna_v1 (default: the checkpoint's)")
+    add_model_options(parser)
 
     ask = parser.add_argument_group("what to ask")
     ask.add_argument(
@@ -58,11 +51,7 @@ def _arguments(argv: Sequence[str] | None, can_prune: bool) -> argparse.Namespac
 
     if can_prune:
         prune = parser.add_argument_group("pruning")
-        prune.add_argument(
-            "--pruning-config",
-            metavar="JSON|@FILE",
-            help="default: pruning_config.json beside the weights, else the published one",
-        )
+        add_pruning_option(prune)
         prune.add_argument("--dense", action="store_true", help="do not prune")
         prune.add_argument("--compare", action="store_true", help="answer dense and pruned, side by side")
 

@@ -24,8 +24,6 @@ try:
 except ImportError as missing:
     raise SystemExit("error: the web chat needs gradio; install the extra: pip install -e '.[web]'") from missing
 
-from llava.constants import SHIPPED_MODEL_PATH
-from llava.conversation import conv_templates
 from llava.images import load_image
 from llava.pruning import PruningConfig
 from llava.serve.chat import (
@@ -36,6 +34,7 @@ from llava.serve.chat import (
     LoadOptions,
     describe,
 )
+from llava.serve.options import add_model_options, add_pruning_option
 from llava.serve.stock_chat import open_checkpoint
 from llava.utils import UserError, run_main
 from llava.visualize.draw import overlay_kept
@@ -399,15 +398,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--share", action="store_true", help="publish the page through gradio's servers")
-    parser.add_argument("--model-path", default=SHIPPED_MODEL_PATH, help="default: the model that ships")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    parser.add_argument("--pruning-config", metavar="JSON|@FILE", help="what the controls start from")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16")
-    parser.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (extra 'quant')")
-    parser.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (extra 'quant')")
-    parser.add_argument("--attn-implementation", help="sdpa (default), eager or flash_attention_2")
-    parser.add_argument("--conv-mode", choices=list(conv_templates), help="prompt template")
+    add_pruning_option(parser)
+    add_model_options(parser)
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")

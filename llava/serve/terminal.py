@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llava.constants import SHIPPED_MODEL_PATH
 from llava.model.builder import check_device, parse_dtype
 from llava.pruning import PruningConfig
 from llava.serve.chat import (
@@ -107,7 +106,7 @@ def _run(args: argparse.Namespace, can_prune: bool) -> int:
     if args.dtype is not None:
         parse_dtype(args.dtype)
     question = _one_shot_question(args)
-    checkpoint = open_checkpoint(args.model_path or SHIPPED_MODEL_PATH, args.model_base, args.conv_mode)
+    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
     config = None if args.dense else checkpoint.pruning_config(given)
     pictures = [checkpoint.read_picture(source) for source in args.image_file]
     checkpoint.encode([Turn(question or "", pictures)])

@@ -30,11 +30,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from llava.constants import SHIPPED_MODEL_PATH
-from llava.conversation import conv_templates
 from llava.pruning import PruningConfig
 from llava.pruning.flops import vision_attention_saved
 from llava.serve.chat import ChatModel, LoadOptions, Picture, Turn
+from llava.serve.options import add_model_options, add_pruning_option
 from llava.serve.stock_chat import open_checkpoint
 from llava.utils import UserError, run_main
 
@@ -239,22 +238,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image", required=True, metavar="PATH|URL", help="the picture")
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask about it")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the HTML file to write")
-    parser.add_argument(
-        "--pruning-config",
-        metavar="JSON|@FILE",
-        help="default: pruning_config.json beside the weights, else the published one",
-    )
+    add_pruning_option(parser)
     parser.add_argument("--compare", action="store_true", help="run without pruning too, and show both")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer in tokens (default: 32)")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model-path", default=SHIPPED_MODEL_PATH, help="default: the model that ships")
-    model.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
-    model.add_argument("--device", help="cpu, cuda, cuda:N or mps")
-    model.add_argument("--dtype", help="float32, float16 or bfloat16")
-    model.add_argument("--load-8bit", action="store_true", help="quantise to 8 bit (extra 'quant')")
-    model.add_argument("--load-4bit", action="store_true", help="quantise to 4 bit (extra 'quant')")
-    model.add_argument("--attn-implementation", help="sdpa (default), eager or flash_attention_2")
-    model.add_argument("--conv-mode", choices=list(conv_templates), help="prompt template")
+    add_model_options(parser)
     return parser.parse_args(argv)
 
 
