@@ -67,7 +67,7 @@ class TinyFamily:
         settings: of the outer config.
         medium: `(kind, number) → Medium`; images of different numbers look different, and where the family allows
             it they have different sizes.
-        has_video: whether the family has a video input of its own.
+        has_video: whether the family takes videos, through an input of their own or as frames among the images.
         first_layer: rows may leave at the input of this layer.
     """
 
@@ -169,14 +169,24 @@ def _onevision_medium(kind: str, number: int) -> Medium:
     return Medium([VIDEO] * (3 * 4 + 1), {"pixel_values_videos": _pixels(number, 1, 3, 3, 28, 28)})
 
 
-def _internvl_image(kind: str, number: int) -> Medium:
+def _frames(number: int) -> Medium:
+    """A video as its processor hands it over: three frames, pictures like any other, and a word before each."""
+    ids = [part for time in range(3) for part in (20 + time, START, *[IMAGE] * 16, END)]
+    return Medium(ids, {"pixel_values": _pixels(number, 3, 3, 56, 56)})
+
+
+def _internvl_medium(kind: str, number: int) -> Medium:
     """One tile or two (the second is what a thumbnail would be), 8 x 8 patches shuffled to 4 x 4."""
+    if kind == "video":
+        return _frames(number)
     tiles = 1 + number % 2
     return Medium([START, *[IMAGE] * 16 * tiles, END], {"pixel_values": _pixels(number, tiles, 3, 56, 56)})
 
 
-def _idefics3_image(kind: str, number: int) -> Medium:
+def _idefics3_medium(kind: str, number: int) -> Medium:
     """Two tiles with row and column marks between them; 8 x 8 patches shuffled to 4 x 4."""
+    if kind == "video":
+        return _frames(number)
     tile = [IMAGE] * 16
     return Medium([START, 104, *tile, START, 105, *tile, START], {"pixel_values": _pixels(number, 2, 3, 56, 56)})
 
@@ -260,7 +270,8 @@ FAMILIES: dict[str, TinyFamily] = {
                 "image_token_id": IMAGE,
                 "image_seq_length": 16,
             },
-            _internvl_image,
+            _internvl_medium,
+            has_video=True,
         ),
         *(
             TinyFamily(
@@ -273,7 +284,8 @@ FAMILIES: dict[str, TinyFamily] = {
                     "scale_factor": 2,
                     "pad_token_id": PAD,
                 },
-                _idefics3_image,
+                _idefics3_medium,
+                has_video=name == "smolvlm",
                 joins=_tiles_a_sample,
             )
             for name in ("smolvlm", "idefics3")

@@ -344,5 +344,24 @@ def test_the_cache_of_a_pruned_prompt_is_not_continued_behind_its_back(name) -> 
         second_turn(output)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_later_turn_is_decided_anew(name) -> None:
+    """Two turns in one block, the second with the first in its prompt, as each alone."""
+    model, family = family_model(name), FAMILIES[name]
+    config = config_for(name, "one image", ["shallow", "middle", "deep"], "first")
+    turns = [family.inputs(ONE_IMAGE), family.inputs((*ONE_IMAGE, 5, "image", 4))]
+
+    def ask(inputs):
+        output = model.generate(**inputs, max_new_tokens=3, **GREEDY)
+        return output.sequences[:, -3:].tolist(), run.traces[0].to_dict()
+
+    with prune(model, config) as run:
+        together = [ask(inputs) for inputs in turns]
+    for inputs, (tokens, trace) in zip(turns, together, strict=True):
+        with prune(model, config) as run:
+            assert ask(inputs) == (tokens, trace)
+    assert together[0][1]["kept_positions"] and together[1][1]["num_rows"] > together[0][1]["num_rows"]
+
+
 def test_every_family_is_listed() -> None:
     assert {settings.settings["model_type"] for settings in FAMILIES.values()} <= set(supported_models())
