@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -363,5 +364,12 @@ def test_a_later_turn_is_decided_anew(name) -> None:
     assert together[0][1]["kept_positions"] and together[1][1]["num_rows"] > together[0][1]["num_rows"]
 
 
-def test_every_family_is_listed() -> None:
+def test_every_family_is_listed_and_every_cell_names_a_test() -> None:
+    folder = Path(__file__).parent
+    page = (folder.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    for family in FAMILIES.values():
+        assert f"(`{family.settings['model_type']}`)" in page
+    code = "\n".join(path.read_text(encoding="utf-8") for path in folder.glob("test_*.py"))
+    named = re.findall(r"`(?:tests/\w+\.py::)?(test_\w+)`", page)
+    assert len(named) > 8 and all(f"def {name}(" in code for name in named)
     assert {settings.settings["model_type"] for settings in FAMILIES.values()} <= set(supported_models())

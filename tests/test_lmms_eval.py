@@ -1,4 +1,4 @@
-"""This project under lmms-eval itself, on a task of three local pictures.
+"""This project under lmms-eval itself: on a task of three local pictures, and on the shipped small benchmarks.
 
 lmms-eval asks for more packages than the rest of the tests together, so it lives in an environment of its own:
 `scripts/lmms_eval_environment.sh FOLDER` makes one, and `LMMS_EVAL_PYTHON=FOLDER/bin/python pytest
@@ -20,6 +20,12 @@ from PIL import Image
 from tiny_checkpoints import tiny_config, tiny_model, write_original
 from tiny_stock import write_stock
 
+from llava.constants import SHIPPED_MODEL_PATH
+from llava.eval.eval_mme import judge, read_truth, score_mme
+from llava.eval.eval_textvqa import normalize, soft_scores
+from llava.serve.chat import ChatModel, Checkpoint, GenerationOptions, LoadOptions, Turn
+
+REPOSITORY = Path(__file__).parents[1]
 PYTHON = os.environ.get("LMMS_EVAL_PYTHON") or (sys.executable if find_spec("lmms_eval") else None)
 needs_lmms_eval = pytest.mark.skipif(
     PYTHON is None, reason="lmms-eval is not installed and LMMS_EVAL_PYTHON names no Python that has it"
@@ -84,25 +90,43 @@ def task_folder(tmp_path_factory) -> Path:
 
 def run(task_folder: Path, checkpoint: Path, config: str, batch_size: int, output: Path) -> tuple[dict, list[str]]:
     """lmms-eval's result file and the answers, in the questions' order."""
+    tasks = {"three_pictures": 4}
+    results, samples = evaluate(task_folder, tasks, f"{checkpoint},pruning_config={config}", batch_size, output)
+    return results, [answer_of(line) for line in samples["three_pictures"]]
+
+
+def answer_of(sample: dict) -> str:
+    """The text itself, or in a list of one, as versions of lmms-eval have it."""
+    answer = sample["filtered_resps"]
+    return answer if isinstance(answer, str) else answer[0]
+
+
+def evaluate(
+    task_folder: Path, tasks: dict[str, int], model: str, batch_size: int, output: Path
+) -> tuple[dict, dict[str, list[dict]]]:
+    """lmms-eval's result file, and each task's samples in the questions' order. `tasks`: questions of each."""
     assert PYTHON is not None
     command = [PYTHON, "-m", "lmms_eval", "eval", "--model", "visipruner"]
-    command += ["--model_args", f"pretrained={checkpoint},pruning_config={config},device=cpu"]
-    command += ["--tasks", "three_pictures", "--include_path", str(task_folder), "--batch_size", str(batch_size)]
+    command += ["--model_args", f"pretrained={model},device=cpu", "--limit", str(max(tasks.values()))]
+    command += ["--tasks", ",".join(tasks), "--include_path", str(task_folder), "--batch_size", str(batch_size)]
     command += ["--output_path", str(output), "--log_samples"]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
-        "HF_HOME": str(task_folder / "cache"),
+        "HF_HOME": str(output / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     (results,) = output.rglob("*_results.json")
-    (samples,) = output.rglob("*_samples_three_pictures.jsonl")
-    lines = [json.loads(line) for line in samples.read_text().splitlines()]
-    answers = [line["filtered_resps"][0] for line in sorted(lines, key=lambda line: line["doc_id"])]
-    return json.loads(results.read_text()), answers
+    samples = {}
+    for task, count in tasks.items():
+        (file,) = output.rglob(f"*_samples_{task}.jsonl")
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        samples[task] = sorted(lines, key=lambda line: line["doc_id"])
+        assert len(lines) == count
+    return json.loads(results.read_text()), samples
 
 
 def throughput_of(results: dict) -> dict[str, float]:
@@ -135,6 +159,58 @@ def test_stock_model(task_folder, tmp_path) -> None:
     assert figures["avg_visual_tokens"] == pytest.approx(16 * 4 / 4)
     assert figures["avg_flops_saved_paper"] == pytest.approx(3 / 4 * 1 / 2, abs=1e-3)
     assert FAMILIES["idefics3"].settings["model_type"] == "idefics3"
+
+
+@needs_lmms_eval
+def test_the_shipped_benchmarks(tmp_path) -> None:
+    """Batched under lmms-eval as one question at a time without it: answers, scores, kept tokens, FLOPs."""
+    count = 6
+    tasks = dict.fromkeys(("gqa_mini", "mme_mini", "textvqa_mini"), count)
+    tasks_folder = REPOSITORY / "playground" / "lmms_eval"
+    results, samples = evaluate(tasks_folder, tasks, str(SHIPPED_MODEL_PATH), 4, tmp_path / "out")
+
+    mini = REPOSITORY / "playground" / "data" / "mini"
+    chat = ChatModel(Checkpoint(SHIPPED_MODEL_PATH), LoadOptions(device="cpu"))
+    checkpoint = chat.checkpoint
+    config, answers = checkpoint.pruning_config(), []
+    texts: dict[str, list[dict]] = {}
+    for task, questions, pictures in (
+        ("gqa_mini", "gqa/llava_gqa_testdev_balanced.jsonl", "gqa/data/images"),
+        ("mme_mini", "MME/llava_mme.jsonl", "MME/MME_Benchmark_release_version"),
+        ("textvqa_mini", "textvqa/llava_textvqa_val_v051_ocr.jsonl", "textvqa/train_images"),
+    ):
+        texts[task] = []
+        for line in (mini / questions).read_text().splitlines()[:count]:
+            asked = json.loads(line)
+            picture = checkpoint.read_picture(mini / pictures / asked["image"])
+            prompt = checkpoint.encode([Turn(asked["text"], [picture])])
+            answers.append(chat.answer(prompt, config, GenerationOptions(max_new_tokens=16)))
+            texts[task].append({**asked, "prompt": asked["text"], "text": answers[-1].text})
+        assert [answer_of(line) for line in samples[task]] == [each["text"] for each in texts[task]]
+
+    scores = results["results"]
+    gqa = json.loads((mini / "gqa/data/testdev_balanced_questions.json").read_text())
+    right = [each["text"].lower() == gqa[each["question_id"]]["answer"] for each in texts["gqa_mini"]]
+    assert scores["gqa_mini"]["exact_match,none"] == pytest.approx(sum(right) / count)
+    truth = read_truth(mini / "MME/MME_Benchmark_release_version")
+    mme = score_mme(judge(texts["mme_mini"], truth), truth, allow_partial=True)
+    assert scores["mme_mini"]["mme_perception_score,none"] == pytest.approx(mme["perception"])
+    people = json.loads((mini / "textvqa/TextVQA_0.5.1_val.json").read_text())["data"]
+    soft = [
+        soft_scores(entry["answers"]).get(normalize(each["text"]), 0)
+        for each, entry in zip(texts["textvqa_mini"], people[:count], strict=True)
+    ]
+    assert scores["textvqa_mini"]["exact_match,none"] == pytest.approx(sum(soft) / count)
+
+    figures = throughput_of(results)
+    expected = {
+        "avg_visual_tokens": [answer.visual_tokens for answer in answers],
+        "avg_visual_tokens_kept": [answer.kept for answer in answers],
+        "avg_flops_saved_paper": [answer.flops_saved["paper"] for answer in answers],
+        "avg_flops_saved_executed": [answer.flops_saved["executed"] for answer in answers],
+    }
+    for name, values in expected.items():
+        assert figures[name] == pytest.approx(sum(values) / len(values), rel=1e-3, abs=1e-3), name
 
 
 def test_the_entry_point_names_the_manifest() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+import transformers
 from family_models import FAMILIES
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import Idefics3Processor, PreTrainedTokenizerFast
@@ -22,9 +25,13 @@ TEMPLATE = (
 def write_stock(folder: Path, splits: bool = False) -> Path:
     """An Idefics3 checkpoint: the one family whose processor needs no torchvision for video.
 
+    Skips the test where transformers cannot load it: 5.17 finds no image processor without torchvision.
+
     Args:
         splits: whether its processor cuts pictures into tiles of 56 pixels, two along the longer side.
     """
+    if transformers.__version__.startswith("5.17.") and find_spec("torchvision") is None:
+        pytest.skip("transformers 5.17 makes image processors only with torchvision")
     words = WORDS + [f"w{number}" for number in range(100 - len(WORDS))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
