@@ -143,6 +143,9 @@ def test_the_report_page_lists_what_it_cannot_draw(chat, photo, nowhere) -> None
     assert int(said.group(1)) == run.trace.num_visual
     assert [int(each) for each in said.group(2).split(",")] == kept
     assert text.count("<img") == 1, "no picture with nothing marked on it"
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))
+    assert data["boxes"] == [] and data["total"] == run.trace.num_visual
+    assert data["runs"]["pruned"]["max"][LAYERS // 2] > 0, "the words beside the slider name the largest attention"
 
 
 def test_the_web_chat(chat, photo) -> None:

@@ -174,7 +174,8 @@ def _slider_data(runs: dict[str, Observation]) -> dict[str, Any]:
     for name, run in runs.items():
         attention = np.nan_to_num(attention_to_image(run.recording, run.last))
         there = run.recording.present[:, run.recording.visual_positions]
-        top = attention[:, shown].max(axis=1, initial=0)
+        # Where nothing can be drawn, the words beside the slider still name the largest of all.
+        top = (attention[:, shown] if len(shown) else attention).max(axis=1, initial=0)
         steps = np.round(attention[:, shown] * (255 / np.where(top > 0, top, 1))[:, None]).astype(int)
         data["runs"][name] = {
             "attention": steps.tolist(),
