@@ -346,6 +346,32 @@ def test_the_cache_of_a_pruned_prompt_is_not_continued_behind_its_back(name) -> 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_text_fed_behind_a_pruned_prompt_by_hand(name) -> None:
+    """A loop of its own may go on with the cache inside the block: several rows at once, as the reference has it."""
+    model, inputs = family_model(name), inputs_for(name, "padded batch of three")
+    config = config_for(name, "padded batch of three", ["middle", "deep"])
+    more = torch.randint(10, 90, (3, 4), generator=torch.Generator().manual_seed(9))
+    longer_mask = torch.cat([inputs["attention_mask"], torch.ones_like(more)], dim=1)
+
+    def two_calls():
+        with torch.no_grad():
+            first = model(**inputs, use_cache=True)
+            positions = {}
+            if "qwen" in name:  # it counts a picture's rows otherwise, and has to be told where text goes on
+                behind = (longer_mask.cumsum(-1) - 1)[:, -more.shape[1] :] + model.model.rope_deltas
+                positions["position_ids"] = behind.expand(3, -1, -1)
+            cache = first.past_key_values
+            return model(input_ids=more, attention_mask=longer_mask, past_key_values=cache, **positions).logits
+
+    with prune(model, config) as run:
+        pruned = two_calls()
+    assert run.traces[0].exit_layer is not None
+    with reference_run(model, config, hidden_rows(run.traces, inputs)):
+        reference = two_calls()
+    torch.testing.assert_close(pruned, reference, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_later_turn_is_decided_anew(name) -> None:
     """Two turns in one block, the second with the first in its prompt, as each alone."""
     model, family = family_model(name), FAMILIES[name]
