@@ -176,6 +176,18 @@ def _portrait(photo):
     return path
 
 
+def test_the_web_page_is_built_for_it(folder, monkeypatch) -> None:
+    pytest.importorskip("gradio")
+    from llava.serve import gradio_pruning
+
+    served = []
+    monkeypatch.setattr(gradio_pruning, "launch", lambda web, host, port, share: served.append(web))
+    assert gradio_pruning.main(["--model-path", str(folder), "--device", "cpu"]) == 0
+    (web,) = served
+    assert web.recommended.shallow_mid_layer == 2  # 6 of 32, for 8 layers
+    assert "idefics3" in json.dumps(gradio_pruning.build_page(web).get_config_file(), default=str)
+
+
 def test_the_web_chat_lists_what_it_cannot_draw(chat, photo, nowhere) -> None:
     pytest.importorskip("gradio")
     from llava.serve.gradio_pruning import WebChat
