@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def main() -> None:
         port = probe.getsockname()[1]
     if torch.cuda.is_available():
         arguments.workers = 1
-    torch.multiprocessing.spawn(train, (arguments, port), nprocs=arguments.workers)
+    # A run that is told to stop takes its processes along: they would go on writing the same files.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.multiprocessing.spawn(train, (arguments, port), nprocs=arguments.workers, daemon=True)
 
 
 def train(rank: int, arguments: argparse.Namespace, port: int) -> None:

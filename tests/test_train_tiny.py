@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from tiny_llava import train as training
-from tiny_llava.data import Encoder, _stack, easy_batches, held_out_batch
+from tiny_llava.data import Encoder, _stack, easy_batches, held_out_batch, picture_batch
 from tiny_llava.easyvqa import easy_by_image, easy_labels, easy_picture
 from tiny_llava.evaluate import evaluate, interval, logits_of
 from tiny_llava.export import export
@@ -153,6 +154,33 @@ def test_blind_layers_hide_the_picture_from_questions_alone(encoder: Encoder) ->
     asked = batch.segments > 0
     assert torch.equal(one[asked], other[asked])
     assert not torch.allclose(other[asked], seeing[asked])
+
+
+def test_naming_losses_look_at_the_rows_and_patches_they_should(encoder: Encoder) -> None:
+    """Read back from ids and labels alone: the words up to the row, and what the patches are labelled."""
+    batch = picture_batch(encoder, random.Random(0), 12, easy=0.0)
+    found = batch.mentions
+    assert found is not None and found.patches is not None and batch.labels is not None
+    written = nouns = 0
+    for number, (sample, row) in enumerate(found.where.tolist()):
+        same = (batch.segments[sample] == batch.segments[sample, row]).nonzero()[:, 0]
+        said = encoder.tokenizer.decode(batch.ids[sample, int(same[0]) : row + 1])
+        labels = batch.labels[sample][found.patches[number]]
+        if found.written[number]:
+            assert said.endswith("ASSISTANT:")
+            assert set(labels[:, 0].tolist()) == {len(SHAPES) + 1}
+            written += 1
+            continue
+        *_, color, noun = ["", *said.split()]
+        shape = next((name for name in SHAPES if noun in (name, f"{name}s", f"{name}es")), None)
+        if shape:
+            assert set(labels[:, 0].tolist()) <= {SHAPES.index(shape) + 1}
+            assert (found.labels[number, 0] == 0) == (len(labels) == 0)
+            nouns += 1
+        if shape and color in COLORS:
+            assert set(labels[:, 1].tolist()) <= {list(COLORS).index(color) + 1}
+    assert written > 5
+    assert nouns > 20
 
 
 def test_interval_is_wilsons() -> None:

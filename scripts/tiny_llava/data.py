@@ -18,7 +18,20 @@ from transformers import PreTrainedTokenizerFast
 
 from .easyvqa import easy_by_image, easy_labels, easy_picture
 from .questions import INSTRUCTION, YES_NO, Question, describe, mentions, write_questions
-from .renderer import SIDE, make_scene, patch_labels, patches_of, render
+from .renderer import (
+    COLORS,
+    GRID,
+    SHAPES,
+    SIDE,
+    SIZES,
+    TEXT,
+    Item,
+    Scene,
+    make_scene,
+    patch_labels,
+    patches_of,
+    render,
+)
 from .tokenizer import prompt, split_prompt
 
 NEWLINE = "\n"
@@ -26,6 +39,46 @@ NEWLINE = "\n"
 TAIL = 120  # rows for the questions of one picture
 DESCRIPTION = 64  # rows for a scene in words
 SIDE_BY_SIDE = 9  # questions tried for a picture
+READ = {"shape": list(SHAPES), "color": list(COLORS), "size": list(SIZES)}  # what a name's row should know
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """The noun phrases of a batch's questions, and what they stand for; also the ends of questions for a text.
+
+    `where` int64 [n, 2] is a sample and the row behind its picture where the phrase or question ends; `patches` bool
+    [n, 144] are those of all things that fit (None for scenes in words); `written` bool [n] tells questions for a text
+    from noun phrases; `labels` int64 [n, 4] are how many things a phrase fits and, of a single one, its shape, colour
+    and size (-100 where there is none or more); `centres` float [n, 2] its place, x and y from -1 to 1 (nan likewise).
+    """
+
+    where: torch.Tensor
+    written: torch.Tensor
+    labels: torch.Tensor
+    centres: torch.Tensor
+    patches: torch.Tensor | None
+
+    @classmethod
+    def of(cls, found: Sequence[tuple[int, int, list[Item] | None]], patches: Sequence[np.ndarray]) -> Mentions | None:
+        """From (sample, row, things) of each phrase, None for the end of a question for a text."""
+        if not found:
+            return None
+        labels = torch.full((len(found), 1 + len(READ)), -100)
+        centres = torch.full((len(found), 2), torch.nan)
+        for number, (_, _, items) in enumerate(found):
+            if items is not None:
+                labels[number, 0] = len(items)
+            if items and len(items) == 1:
+                (item,) = items
+                labels[number, 1:] = torch.tensor([names.index(getattr(item, name)) for name, names in READ.items()])
+                centres[number] = torch.tensor([item.cx, item.cy]) / (SIDE / 2) - 1
+        where = torch.tensor([[sample, row] for sample, row, _ in found])
+        written = torch.tensor([items is None for _, _, items in found])
+        return cls(where, written, labels, centres, torch.from_numpy(np.stack(patches)) if patches else None)
+
+    def to(self, device: torch.device) -> Mentions:
+        """The same on a device."""
+        return Mentions(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -41,13 +94,13 @@ class Batch:
     places: torch.Tensor
     targets: torch.Tensor
     tasks: list[list[str]]
-    pointers: torch.Tensor | None = None  # [n, 2]: sample, and row behind the picture where a name ends
-    pointed: torch.Tensor | None = None  # bool [n, 144]: the patches of what it names
+    mentions: Mentions | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         moved = {
-            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()
+            name: value.to(device) if isinstance(value, torch.Tensor | Mentions) else value
+            for name, value in vars(self).items()
         }
         return Batch(**moved)
 
@@ -82,9 +135,18 @@ class Encoder:
         """Ids of a description, in the place of the picture."""
         return list(self._tokenize(text))
 
-    def name_ends(self, question: str, end: int) -> int:
-        """Row, within the ids of a conversation that starts with this question, of the last id of `question[:end]`."""
-        return len(self._ids(NEWLINE + question[:end])) - 1
+    def mentions(self, scene: Scene, starts: Sequence[tuple[int, str]]) -> list[tuple[int, list[Item] | None]]:
+        """Where noun phrases of packed questions end (`starts` as `pack` gives them), and what they fit.
+
+        Of questions for the scene's text, the row before the answer, and None.
+        """
+        found: list[tuple[int, list[Item] | None]] = []
+        for start, text in starts:
+            phrases = mentions(scene, text)
+            found += [(start + len(self._ids(NEWLINE + text[:end])) - 1, items) for end, items in phrases]
+            if scene.text and not phrases:
+                found.append((start + len(self._ids(f"{NEWLINE}{text} ASSISTANT:")) - 1, None))
+        return found
 
     def pack(
         self, turns: Iterable[tuple[tuple[tuple[str, str], ...], str]]
@@ -155,8 +217,8 @@ def _easy_questions(questions: list[tuple[str, str]], rng: random.Random) -> lis
 def picture_batch(encoder: Encoder, rng: random.Random, size: int, easy: float, ask: bool = True) -> Batch:
     """Pictures with questions (none unless `ask`); the share `easy` of them from easy-VQA's training split."""
     pixels, labels, packed, tasks = [], [], [], []
-    pointers: list[tuple[int, int]] = []
-    pointed: list[np.ndarray] = []
+    named: list[tuple[int, int, list[Item] | None]] = []
+    patches: list[np.ndarray] = []
     for _ in range(size):
         scene = None
         if rng.random() < easy:
@@ -169,32 +231,38 @@ def picture_batch(encoder: Encoder, rng: random.Random, size: int, easy: float, 
             questions = write_questions(scene, rng, SIDE_BY_SIDE, training=True) if ask else []
         rows, kinds, starts = encoder.pack(_conversations(questions, rng))
         if scene:
-            for start, text in starts:
-                for end, item in mentions(scene, text):
-                    pointers.append((len(pixels), start + encoder.name_ends(text, end)))
-                    pointed.append(patches_of(said, item))
+            found = encoder.mentions(scene, starts)
+            named += [(len(pixels), row, items) for row, items in found]
+            patches += [_named(said, items) for _, items in found]
         pixels.append(shown)
         labels.append(said)
         packed.append(rows)
         tasks.append(kinds)
-    if pointers:
-        return _stack(packed, tasks, pixels=pixels, labels=labels, pointers=pointers, pointed=pointed)
-    return _stack(packed, tasks, pixels=pixels, labels=labels)
+    return _stack(packed, tasks, Mentions.of(named, patches), pixels=pixels, labels=labels)
+
+
+def _named(labels: np.ndarray, items: list[Item] | None) -> np.ndarray:
+    """Patches of things, bool [144]; of the text if None."""
+    if items is None:
+        return labels[:, 0] == TEXT
+    return np.any([np.zeros(GRID * GRID, dtype=bool), *(patches_of(labels, item) for item in items)], axis=0)
 
 
 def word_batch(encoder: Encoder, rng: random.Random, size: int) -> Batch:
     """Scenes in words with questions."""
     words = np.zeros((size, DESCRIPTION), dtype=np.int64)
     valid = np.zeros((size, DESCRIPTION), dtype=bool)
-    packed, tasks = [], []
-    for row in range(size):
+    packed, tasks, named = [], [], []
+    for sample in range(size):
         scene = make_scene(rng)
         ids = encoder.words(describe(scene, rng))
-        words[row, : len(ids)], valid[row, : len(ids)] = ids, True
-        asked, kinds, _ = encoder.pack(_conversations(write_questions(scene, rng, SIDE_BY_SIDE, training=True), rng))
-        packed.append(asked)
+        words[sample, : len(ids)], valid[sample, : len(ids)] = ids, True
+        questions = write_questions(scene, rng, SIDE_BY_SIDE, training=True)
+        rows, kinds, starts = encoder.pack(_conversations(questions, rng))
+        named += [(sample, row, items) for row, items in encoder.mentions(scene, starts)]
+        packed.append(rows)
         tasks.append(kinds)
-    return _stack(packed, tasks, words=words, valid=valid)
+    return _stack(packed, tasks, Mentions.of(named, ()), words=words, valid=valid)
 
 
 def held_out_batch(encoder: Encoder, start: int, size: int, split: str = "validation") -> Batch:
@@ -231,8 +299,16 @@ def easy_batches(encoder: Encoder, split: str, size: int, limit: int | None = No
         yield _stack(list(packed), list(tasks), pixels=list(pixels), labels=list(labels))
 
 
-def _stack(packed: list, tasks: list[list[str]], **parts) -> Batch:
+def _stack(packed: list, tasks: list[list[str]], mentions: Mentions | None = None, **parts) -> Batch:
     ids, segments, places, targets = torch.from_numpy(np.stack(packed)).unbind(1)
     tensors = {name: torch.from_numpy(np.stack(list(values))) for name, values in parts.items()}
     empty = dict.fromkeys(("pixels", "labels", "words", "valid"))
-    return Batch(**{**empty, **tensors}, ids=ids, segments=segments, places=places, targets=targets, tasks=tasks)
+    return Batch(
+        **{**empty, **tensors},
+        ids=ids,
+        segments=segments,
+        places=places,
+        targets=targets,
+        tasks=tasks,
+        mentions=mentions,
+    )

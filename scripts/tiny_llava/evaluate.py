@@ -28,19 +28,18 @@ def interval(correct: int, count: int) -> tuple[float, float]:
 
 def logits_of(
     learner: Learner, before: torch.Tensor, batch: Batch, blind: Container[int] = ()
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Answer logits [B, T, vocabulary], patch logits where the batch has pictures, and the pointing loss."""
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Answer logits [B, T, vocabulary], patch logits where the batch has pictures, and losses on what is named."""
     if batch.pixels is None:
         context, valid, patches = learner.llava.model.embed_tokens(batch.words), batch.valid, None
     else:
         features = learner.features(batch.pixels)
         context, patches = learner.project(features), learner.patch_logits(features)
         valid = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-    pointing = None if batch.pointers is None else (batch.pointers, batch.pointed)
-    logits, astray = learner.answer_logits(
-        context, valid, before, batch.ids, batch.segments, batch.places, blind, pointing
+    logits, losses = learner.answer_logits(
+        context, valid, before, batch.ids, batch.segments, batch.places, blind, batch.mentions
     )
-    return logits, patches, astray
+    return logits, patches, losses
 
 
 @torch.no_grad()

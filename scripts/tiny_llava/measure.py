@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,12 @@ from llava.pruning.baselines import keep_at_layer
 from llava.pruning.flops import DecoderShape, savings
 from llava.pruning.policy import PolicyFactory
 
-from .data import SIDE_BY_SIDE, Encoder, easy_batches, held_out_batch, phrase
+from .data import NEWLINE, SIDE_BY_SIDE, Encoder, easy_batches, held_out_batch, phrase
 from .easyvqa import easy_by_image, easy_picture
 from .evaluate import evaluate, interval
 from .model import Learner
-from .questions import write_questions
-from .renderer import make_scene, render
+from .questions import NUMBERS, YES_NO, write_questions
+from .renderer import COLORS, SHAPES, SIZES, make_scene, render
 from .tokenizer import prompt
 
 ANSWER_TOKENS = 6
@@ -202,11 +203,24 @@ def accuracy_report(path: Path, pictures: int = 640, pruned_pictures: int = 150)
     return report
 
 
+_NAMES = re.compile(rf"\b({'|'.join((*SIZES, *COLORS, *SHAPES, 'shape', *NUMBERS))})(es|s)?\b")
+
+
+def _wording(sample: Sample) -> str:
+    """A question without the things it names; easy-VQA's whole, because its answers lean on what is asked for."""
+    if sample.task == "easy-VQA":
+        return sample.question
+    question = sample.question.split(NEWLINE)[0].replace(f" {YES_NO}", "")
+    if sample.task == "spelling":
+        return question.rsplit(" ", 1)[0]
+    return _NAMES.sub("…", question)
+
+
 def _majority(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
-    """What a guesser scores who knows every task's most frequent answer to questions of the same first word."""
+    """What a guesser scores who knows the most frequent answer to every wording."""
     answers: dict[tuple[str, str], Counter[str]] = {}
     for sample in samples:
-        answers.setdefault((sample.task, sample.question.split()[0].lower()), Counter())[sample.answer] += 1
+        answers.setdefault((sample.task, _wording(sample)), Counter())[sample.answer] += 1
     right: dict[str, list[int]] = {}
     for (task, _), counts in answers.items():
         total = right.setdefault(task, [0, 0])

@@ -16,12 +16,16 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
-from .renderer import LABELS, PATCH, SIDE
+from .data import READ, Mentions
+from .renderer import LABELS, MAX_ITEMS, PATCH, SIDE
 from .tokenizer import TEMPLATE
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 CONTEXT_LENGTH = 1024
-POINTING_LAYERS = (3, 5)
+POINTING_LAYERS = (1, 2, 3)  # their first head learns to look at what a noun phrase names
+TEXT_LAYERS = (5,)  # theirs, on the row before the answer, to look at a text that is asked for
+READING_LAYER = 4  # what enters it must know what that is
+READ_WIDTHS = (MAX_ITEMS + 1, *map(len, READ.values()))  # how many, and what the one is
 GLYPH_WEIGHT = 3.0  # of the patch labels, the one that is learned last
 
 
@@ -64,12 +68,13 @@ def build_config(vocab_size: int) -> LlavaConfig:
 
 
 class Learner(nn.Module):
-    """The model and, for training only, the heads that say what stands in a patch."""
+    """The model and, for training only, heads that say what stands in a patch and what a noun phrase names."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
         self.llava = LlavaLlamaForCausalLM(build_config(vocab_size))
         self.heads = nn.Linear(self.llava.config.mm_hidden_size, sum(LABELS.values()))
+        self.readers = nn.Linear(self.llava.config.hidden_size, sum(READ_WIDTHS) + 2)
         # Plain matmul and softmax: with torch.compile on CPU its backward pass is faster than fused attention's.
         self.llava.set_attn_implementation("eager")
 
@@ -95,16 +100,17 @@ class Learner(nn.Module):
         segments: torch.Tensor,
         places: torch.Tensor,
         blind: Container[int] = (),
-        pointing: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, T, vocabulary] for questions that share a context and do not see each other; pointing loss.
+        mentions: Mentions | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Logits [B, T, vocabulary] for questions that share a context and do not see each other; further losses.
 
         `context` [B, C, 128] are projected patches or embedded words, `valid` bool [B, C] which of them count;
         `before` [P] are the ids in front of them; `ids`, `segments` (1, 2, … a question; 0 padding) and `places`
         (position behind the context) are [B, T]. In the layers that `blind` holds, questions do not see the context.
 
-        `pointing` is [n, 2] (sample, row behind the context) where a thing's name ends, and bool [n, C], its
-        patches: the loss is how far the first head of `POINTING_LAYERS` is from looking there (0 without).
+        With `mentions`, the losses are `pointing`, how far the first head of `POINTING_LAYERS` is from looking at the
+        patches that a noun phrase names (of `TEXT_LAYERS`, at those of the text), and `reading`, how badly the
+        phrase's last row tells, from `READING_LAYER` on, how many things it fits and what the one is.
         """
         model = self.llava.model
         batch = context.shape[0]
@@ -124,27 +130,33 @@ class Learner(nn.Module):
         ahead = shared.cumsum(1) - 1
         positions = torch.cat([ahead.clamp(min=0), places + ahead[:, -1:] + 1], dim=1)
         angles = model.rotary_emb(hidden, position_ids=positions)
-        astray = hidden.new_zeros(())
+        losses: dict[str, torch.Tensor] = {}
         for number, layer in enumerate(model.layers):
-            if pointing is not None and number in POINTING_LAYERS:
-                astray = astray + self._astray(layer, hidden, angles, (start, end), *pointing)
+            if mentions is not None and number == READING_LAYER:
+                rows = hidden[mentions.where[:, 0], mentions.where[:, 1] + end]
+                losses["reading"] = reading_loss(self.readers(F.layer_norm(rows, rows.shape[-1:])), mentions)
+            if mentions is not None and mentions.patches is not None and number in (*POINTING_LAYERS, *TEXT_LAYERS):
+                looking = mentions.patches.any(1) & (mentions.written == (number in TEXT_LAYERS))
+                if looking.any():
+                    astray = self._astray(layer, hidden, angles, (start, end), mentions, looking)
+                    losses["pointing"] = losses.get("pointing", 0) + astray / len(POINTING_LAYERS)
             mask = unsighted if number in blind else sighted
             hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=angles)
-        return self.llava.lm_head(model.norm(hidden[:, end:])), astray
+        return self.llava.lm_head(model.norm(hidden[:, end:])), losses
 
-    def _astray(self, layer, hidden, angles, context: tuple[int, int], pointers, pointed) -> torch.Tensor:
-        """Cross-entropy between where head 0 looks in the context and what it should look at."""
+    def _astray(self, layer, hidden, angles, context: tuple[int, int], mentions, looking) -> torch.Tensor:
+        """Cross-entropy between where head 0 of the `looking` rows looks in the context and what it should look at."""
         width = self.llava.config.head_dim
         start, end = context
+        sample, row = (mentions.where[looking] + torch.tensor([0, end], device=hidden.device)).unbind(1)
         normed = layer.input_layernorm(hidden)
-        sample, row = pointers[:, 0], pointers[:, 1] + end
         rotation, turned = angles
         query = layer.self_attn.q_proj(normed[sample, row])[:, None, None, :width]
         key = layer.self_attn.k_proj(normed[:, start:end])[:, None, :, :width]
         query, _ = apply_rotary_pos_emb(query, query, rotation[sample, row][:, None], turned[sample, row][:, None])
         key, _ = apply_rotary_pos_emb(key, key, rotation[:, start:end], turned[:, start:end])
         scores = (query[:, 0] @ key[:, 0][sample].transpose(1, 2))[:, 0].float() / width**0.5
-        there = scores.masked_fill(~pointed, -torch.inf).logsumexp(1)
+        there = scores.masked_fill(~mentions.patches[looking], -torch.inf).logsumexp(1)
         return (scores.logsumexp(1) - there).mean()
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -172,6 +184,18 @@ def normalized(pixels: torch.Tensor) -> torch.Tensor:
 def answer_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over the answers' tokens (targets -100 elsewhere)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+
+def reading_loss(logits: torch.Tensor, mentions: Mentions) -> torch.Tensor:
+    """How badly [n, widths + 2] tells what `Mentions` says: cross-entropies, and the distance from the centre."""
+    *names, centre = logits.float().split([*READ_WIDTHS, 2], dim=-1)
+    single = ~mentions.centres.isnan()
+    total = F.smooth_l1_loss(2 * centre[single], 2 * mentions.centres[single], reduction="sum")
+    total = total / single.sum().clamp(min=1)
+    for part, said in zip(names, mentions.labels.unbind(1), strict=True):
+        loss = F.cross_entropy(part, said, ignore_index=-100, reduction="sum")
+        total = total + loss / (said >= 0).sum().clamp(min=1)
+    return total / (len(names) + 1)
 
 
 def patch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .renderer import COLORS, GLYPHS, SHAPES, SIDE, Item, Scene, make_scene
+from .renderer import COLORS, GLYPHS, SHAPES, SIDE, SIZES, Item, Scene, make_scene
 
 INSTRUCTION = "Answer the question using a single word or phrase."
 YES_NO = "Please answer yes or no."
@@ -68,13 +68,14 @@ def _refer(scene: Scene, item: Item, rng: random.Random, **without: bool) -> str
 
 
 _MENTION = re.compile(
-    rf"(?:the (?:(?P<size>small|large) )?(?:(?P<color>{'|'.join(COLORS)}) )?(?P<shape>{'|'.join(SHAPES)}|shape)\b)"
+    rf"(?<=\s)(?:(?P<size>{'|'.join(SIZES)}) )?(?:(?P<color>{'|'.join(COLORS)}) )?"
+    rf"(?P<shape>{'|'.join(SHAPES)}|shape)(?:es|s)?\b(?! is at)"
     r"|at column(?P<column>\d+) row(?P<row>\d+)"
 )
 
 
-def mentions(scene: Scene, text: str) -> list[tuple[int, Item]]:
-    """The things of the scene that a question names without doubt, each with where its name ends in the text."""
+def mentions(scene: Scene, text: str) -> list[tuple[int, list[Item]]]:
+    """Every noun phrase of a question: where it ends in the text, and the things of the scene that it fits."""
     found = []
     for match in _MENTION.finditer(text):
         if match["column"]:
@@ -82,8 +83,7 @@ def mentions(scene: Scene, text: str) -> list[tuple[int, Item]]:
         else:
             shape = None if match["shape"] == "shape" else match["shape"]
             here = _matching(scene, shape, match["color"], match["size"])
-        if len(here) == 1:
-            found.append((match.end(), here[0]))
+        found.append((match.end(), here))
     return found
 
 
@@ -301,16 +301,16 @@ def ask_text_with_reference(scene: Scene, rng: random.Random) -> Question | None
 
 WRITERS: dict[Callable[[Scene, random.Random], Question | None], float] = {
     ask_attribute: 2.2,
-    ask_color: 0.7,
-    ask_existence: 0.8,
-    ask_count: 1.0,
-    ask_position: 2.5,
-    ask_relation: 2.5,
-    ask_text: 2.0,
+    ask_color: 0.9,
+    ask_existence: 1.0,
+    ask_count: 2.4,
+    ask_position: 1.6,
+    ask_relation: 2.6,
+    ask_text: 1.8,
     ask_spelling: 0.4,
     ask_text_with_reference: 0.4,
-    ask_grid: 4.0,
-    ask_at: 1.5,
+    ask_grid: 0.6,
+    ask_at: 0.6,
 }
 TRAINING_ONLY = (ask_grid, ask_at)
 TASKS = ("attribute", "color", "existence", "count", "position", "relation", "text", "spelling", "text_ocr")

@@ -241,11 +241,14 @@ LABELS = {  # what the tower learns to say about every patch, and how many class
     "place": 4,  # 0 no text, else which character of it
     "column": GRID,  # of the centre of the thing that the patch belongs to
     "row": GRID,
+    "centre": 2,  # whether that centre lies in this very patch: what counting counts
 }
+TEXT = len(SHAPES) + 1  # the label of text among the shapes
+COLUMN, ROW, CENTRE = (list(LABELS).index(name) for name in ("column", "row", "centre"))
 
 
 def labels_from_masks(masks: list[tuple[np.ndarray, dict[str, int]]]) -> np.ndarray:
-    """Patch labels, int64 [144, 6] in the order of `LABELS`, from bool [96, 96] masks and what each of them is.
+    """Patch labels, int64 [144, 7] in the order of `LABELS`, from bool [96, 96] masks and what each of them is.
 
     A patch belongs to the thing that covers most of it, if that is at least an eighth of its pixels.
     """
@@ -256,6 +259,8 @@ def labels_from_masks(masks: list[tuple[np.ndarray, dict[str, int]]]) -> np.ndar
         wins = covered > best
         labels[wins] = [names.get(key, 0) for key in LABELS]
         best = np.where(wins, covered, best)
+    row, column = np.divmod(np.arange(GRID * GRID), GRID)
+    labels[:, CENTRE] = (labels[:, 0] > 0) & (labels[:, COLUMN] == column) & (labels[:, ROW] == row)
     return labels
 
 
@@ -266,11 +271,11 @@ def _cell(value: float) -> int:
 def patches_of(labels: np.ndarray, item: Item) -> np.ndarray:
     """Which patches, bool [144], belong to an item of the scene that `patch_labels` labelled."""
     names = (list(SHAPES).index(item.shape) + 1, list(COLORS).index(item.color) + 1, _cell(item.cx), _cell(item.cy))
-    return (labels[:, [0, 1, 4, 5]] == names).all(axis=1)
+    return (labels[:, [0, 1, COLUMN, ROW]] == names).all(axis=1)
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """What stands where: int64 [144, 6], one row a patch in reading order, columns as in `LABELS`."""
+    """What stands where: int64 [144, 7], one row a patch in reading order, columns as in `LABELS`."""
     shapes, colors = list(SHAPES), list(COLORS)
     masks = []
     for item in scene.items:
@@ -289,7 +294,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
             left, top, right, bottom = (round(value) for value in box)
             mask[top:bottom, left:right] = True
             names = {
-                "shape": len(SHAPES) + 1,
+                "shape": TEXT,
                 "color": colors.index(scene.text.color) + 1,
                 "glyph": GLYPHS.index(scene.text.text[place]) + 1,
                 "place": place + 1,

@@ -20,7 +20,7 @@ from .model import Learner, answer_loss, patch_loss
 from .tokenizer import build_tokenizer
 
 PATCH_LOSS_WEIGHT = 0.3
-POINTING_WEIGHT = 0.2  # of the loss that looks at what a question names
+NAMING_WEIGHTS = {"pointing": 0.2, "reading": 0.6}  # of the losses on what a question names
 AVERAGING = 0.98  # of the averaged weights, what stays at every step
 
 
@@ -39,21 +39,20 @@ class Stage:
     size: int
     rate: float
     decay: float = 0.6
-    easy: float = 0.25
+    easy: float = 0.1
     blind: float = 0.0
 
 
 CURRICULA: dict[str, tuple[Stage, ...]] = {
     "full": (
         Stage("tower", 320, 64, 3e-3),
-        Stage("language", 240, 32, 3e-3, decay=0.4),
+        Stage("language", 240, 32, 2.5e-3, decay=0.4),
         Stage("align", 40, 32, 3e-3, decay=0.3),
-        Stage("joint", 1680, 32, 1.8e-3, decay=0.33),
-        Stage("joint", 110, 32, 7e-4, decay=1.0, blind=0.7),
+        Stage("joint", 2600, 16, 2e-3, decay=0.8),
     ),
     "scratch": (
         Stage("tower", 320, 64, 3e-3),
-        Stage("joint", 300, 32, 3e-3, decay=0.3),
+        Stage("joint", 2600, 16, 2e-3, decay=0.8),
     ),
     "smoke": (Stage("tower", 40, 16, 3e-3, easy=1.0), Stage("joint", 60, 8, 3e-3, easy=1.0)),
 }
@@ -163,6 +162,7 @@ class Run:
                 *llava.model.norm.parameters(),
                 *llava.model.embed_tokens.parameters(),
                 *llava.lm_head.parameters(),
+                *self.learner.readers.parameters(),
             ],
             "align": list(llava.model.mm_projector.parameters()),
             "joint": list(self.learner.parameters()),
@@ -194,16 +194,16 @@ class Run:
                 return loss, {"patch": loss.detach()}
             layers = len(self.learner.llava.model.layers)
             blind = range(rng.randrange(layers // 2, layers), layers) if rng.random() < stage.blind else ()
-            logits, patches, astray = logits_of(self.learner, self.before, batch, blind)
+            logits, patches, naming = logits_of(self.learner, self.before, batch, blind)
         loss = answer_loss(logits, batch.targets)
         parts = {"answer": loss.detach()}
         if patches is not None and stage.kind == "joint":
             labels = patch_loss(patches, batch.labels)
             parts["patch"] = labels.detach()
             loss = loss + PATCH_LOSS_WEIGHT * labels
-        if batch.pointers is not None and not blind:
-            parts["pointing"] = astray.detach()
-            loss = loss + POINTING_WEIGHT * astray
+        for name, value in naming.items():
+            parts[name] = value.detach()
+            loss = loss + NAMING_WEIGHTS[name] * value
         return loss, parts
 
     def _average(self, gradients: list[torch.Tensor]) -> None:
@@ -251,7 +251,7 @@ class Run:
             if time.monotonic() - spoken > every or self.step == stage.steps:
                 self.save(optimizers)
                 if stage.kind in ("align", "joint") and self.rank == 0:
-                    self.report(8)
+                    self.report(4)
                 spoken = time.monotonic()
 
     def report(self, batches: int, measure: Callable[..., dict[str, tuple[int, int]]] = evaluate) -> dict:
