@@ -10,6 +10,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -130,9 +131,14 @@ class VisiPrunerModel(lmms):
             total_gen_tokens=sum(counts),
             avg_speed=sum(counts) / seconds,
         )
-        # One record a question, so that the means are over questions whatever the batches are.
-        for trace in traces:
-            log_metrics(0.0, 0, 0.0, additional_metrics=_figures(trace, self.shape))
+        # One record a question, so that the means are over questions whatever the batches are; they are for the
+        # result file, and lmms-eval would print a line for each.
+        logger.disable(log_metrics.__module__)
+        try:
+            for trace in traces:
+                log_metrics(0.0, 0, 0.0, additional_metrics=_figures(trace, self.shape))
+        finally:
+            logger.enable(log_metrics.__module__)
         results = []
         for text, count in zip(texts, counts, strict=True):
             for stop in [stops] if isinstance(stops, str) else stops:
