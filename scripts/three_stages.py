@@ -149,9 +149,8 @@ def _cell(figure: dict[str, Any]) -> str:
     return f"{figure['accuracy']:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def tables(result: dict[str, Any]) -> str:
-    """The figures as Markdown: overall and text accuracy against layer, cosines, and the ways to choose tokens."""
-    hidden = result["hidden"]
+def hidden_table(hidden: dict[str, Any]) -> list[str]:
+    """Overall and text accuracy against layer, as lines of Markdown."""
     total, text = hidden["dense"]["overall"]["n"], hidden["dense"]["text"]["n"]
     lines = [
         f"Dense: {_cell(hidden['dense']['overall'])} overall (n = {total}), {_cell(hidden['dense']['text'])} text "
@@ -167,6 +166,12 @@ def tables(result: dict[str, Any]) -> str:
             known = layer < len(points)
             cells += [_cell(points[layer][task]) if known else "–" for task in ("overall", "text")]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
+    return lines
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The figures as Markdown: accuracy against layer, cosines, and the ways to choose tokens."""
+    lines = hidden_table(result["hidden"])
     cosine, norm = result["cosines"]["cosine"], result["cosines"]["norm"]
     lines += [
         "",
@@ -196,8 +201,14 @@ def main() -> None:
     parser.add_argument("--model-path", type=Path, default=Path(SHIPPED_MODEL_PATH))
     parser.add_argument("--pictures", type=int, default=160)
     parser.add_argument("--out", type=Path, default=FIGURES)
+    parser.add_argument(
+        "--hidden-only", action="store_true", help="curves (a) to (c) alone, as a table; writes nothing"
+    )
     arguments = parser.parse_args()
     began = time.monotonic()
+    if arguments.hidden_only:
+        print("\n".join(hidden_table(blind_curves(arguments.model_path, arguments.pictures))))
+        return
     config = PruningConfig.from_any(f"@{arguments.model_path / 'pruning_config.json'}")
     assert config is not None
     samples = rendered_samples(SPLIT, arguments.pictures)

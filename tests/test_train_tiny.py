@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -19,7 +20,7 @@ from tiny_llava.data import Encoder, _stack, easy_batches, held_out_batch, pictu
 from tiny_llava.easyvqa import easy_by_image, easy_labels, easy_picture
 from tiny_llava.evaluate import evaluate, interval, logits_of
 from tiny_llava.export import export
-from tiny_llava.measure import Shipped, easy_samples, rendered_samples, score
+from tiny_llava.measure import Sample, Shipped, easy_samples, paired_difference, rendered_samples, score
 from tiny_llava.model import Learner
 from tiny_llava.questions import INSTRUCTION
 from tiny_llava.renderer import COLORS, SHAPES
@@ -186,6 +187,15 @@ def test_naming_losses_look_at_the_rows_and_patches_they_should(encoder: Encoder
 def test_interval_is_wilsons() -> None:
     low, high = interval(8, 10)  # 0.4902 … 0.9433, Wilson (1927) without continuity correction
     assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+
+
+def test_paired_difference_counts_what_changes() -> None:
+    samples = [Sample(Image.new("RGB", (1, 1)), "", "yes", "color")] * 100
+    before = ["yes"] * 60 + ["no"] * 40
+    after = ["no"] * 10 + ["yes"] * 54 + ["no"] * 36  # ten become wrong, four right
+    cost = paired_difference(samples, before, after)
+    assert (cost["points_lost"], cost["lost"], cost["won"]) == (6.0, 10, 4)
+    assert cost["interval95"] == [-1.24, 13.24]  # 6 ± 1.96 · sqrt((0.14 − 0.06²) / 100), in points
 
 
 def test_smoke_run_learns(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def _table(columns: dict[str, dict[str, Any]]) -> str:
 
 def card(report: dict[str, Any], pictures: int, minutes: int) -> str:
     """The card's Markdown from an accuracy report, pictures seen in training, and minutes it took."""
-    same = report["same_questions"]
+    same, cost = report["same_questions"], report["cost"]
+    low, high = cost["interval95"]
     dense = _table(
         {"dense": report["dense"], "without the picture": report["text_only"], "majority": report["majority"]}
     )
@@ -46,15 +47,17 @@ def card(report: dict[str, Any], pictures: int, minutes: int) -> str:
             _HEAD.format(pictures=pictures, minutes=minutes),
             "## Dense accuracy",
             "",
-            "`without the picture`: questions see no visual token in any layer. `majority`: each task's most frequent",
-            "answer to questions of the same first word, chosen on these very questions.",
+            "`without the picture`: questions see no visual token in any layer. `majority`: the most frequent answer",
+            "to each wording (names left out; easy-VQA's questions whole), chosen on these very questions.",
             "",
             dense,
             "",
             "## Dense and pruned on the same questions",
             "",
             f"`pruned` is `pruning_config.json`: `{json.dumps(report['pruning_config'])}`. It was chosen on other",
-            "pictures (`pruning_search.json`, `scripts/train_tiny.py --tune`).",
+            "pictures (`pruning_search.json`, `scripts/train_tiny.py --tune`). It costs",
+            f"{cost['points_lost']:.2f} points of overall accuracy [{low:.2f}, {high:.2f}]: of {cost['n']:,} questions",
+            f"{cost['lost']} become wrong and {cost['won']} right.",
             "",
             pruned,
             "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -151,7 +152,12 @@ def mean_savings(traces: Sequence[PruningTrace], model: Any) -> dict[str, float]
 
 def pruned_figures(shipped: Shipped, samples: Sequence[Sample], **how: Any) -> dict[str, Any]:
     """Accuracy, mean savings, kept tokens and layers of one way to prune."""
-    answers, traces = shipped.answer(samples, **how)
+    return _describe(shipped, samples, *shipped.answer(samples, **how))
+
+
+def _describe(
+    shipped: Shipped, samples: Sequence[Sample], answers: Sequence[str], traces: Sequence[PruningTrace]
+) -> dict[str, Any]:
     selected = [trace for trace in traces if trace.select_layer is not None]
     exited = [trace for trace in traces if trace.exit_layer is not None]
     return {
@@ -161,6 +167,22 @@ def pruned_figures(shipped: Shipped, samples: Sequence[Sample], **how: Any) -> d
         "mean_kept": _mean([len(trace.kept_positions) for trace in selected]),
         "mean_select_layer": _mean([trace.select_layer for trace in selected]),
         "mean_exit_layer": _mean([trace.exit_layer for trace in exited]),
+    }
+
+
+def paired_difference(samples: Sequence[Sample], before: Sequence[str], after: Sequence[str]) -> dict[str, Any]:
+    """Points of accuracy that `after` loses on the same questions, with the 95 % interval of a paired difference."""
+    lost = sum(one == sample.answer != other for sample, one, other in zip(samples, before, after, strict=True))
+    won = sum(one != sample.answer == other for sample, one, other in zip(samples, before, after, strict=True))
+    n = len(samples)
+    mean = (lost - won) / n
+    half = 1.959964 * math.sqrt((lost + won) / n - mean**2) / math.sqrt(n)
+    return {
+        "points_lost": round(100 * mean, 2),
+        "interval95": [round(100 * (mean - half), 2), round(100 * (mean + half), 2)],
+        "lost": lost,
+        "won": won,
+        "n": n,
     }
 
 
@@ -186,12 +208,14 @@ def accuracy_report(path: Path, pictures: int = 640, pruned_pictures: int = 150)
     shipped = Shipped(str(path))
     config = json.loads((path / "pruning_config.json").read_text())
     samples = rendered_samples("test", pruned_pictures) + easy_samples(pruned_pictures // 4)
-    pruned = pruned_figures(shipped, samples, config=config)
+    whole, short = shipped.answer(samples), shipped.answer(samples, config=config)
+    pruned = _describe(shipped, samples, *short)
     report = {
         "dense": figures(dense(())),
         "text_only": figures(dense(everywhere)),
         "majority": figures(_majority(rendered_samples("test", pictures) + easy_samples())),
-        "same_questions": {"dense": pruned_figures(shipped, samples), "pruned": pruned},
+        "same_questions": {"dense": _describe(shipped, samples, *whole), "pruned": pruned},
+        "cost": paired_difference(samples, whole[0], short[0]),
         "pruning_config": config,
     }
     if pruned["mean_kept"]:
@@ -237,12 +261,11 @@ def search(path: Path, pictures: int = 48) -> dict[str, Any]:
     shipped = Shipped(str(path))
     samples = rendered_samples("validation", pictures) + easy_samples(pictures // 6, "train")
     tried = []
-    ways = itertools.product((["middle", "deep"],), (3, 4, 5), (0.08, 0.16, 0.32))
-    for mode, last_dense, tokens_threshold in ways:
+    for last_dense, tokens_threshold in itertools.product((3, 4), (0.04, 0.06, 0.08, 0.12)):
         config = {
-            "mode": mode,
+            "mode": ["middle", "deep"],
             "shallow_mid_layer": last_dense,
-            "layer_threshold": 0.9999,
+            "layer_threshold": 0.99999,
             "tokens_threshold": tokens_threshold,
         }
         result = pruned_figures(shipped, samples, config=config)
