@@ -30,8 +30,7 @@ class Stage:
 
     `kind` is `tower` (patch labels only), `language` (scenes in words), `align` (pictures, only the projector
     learns) or `joint` (everything learns). The learning rate warms up, stays, and falls linearly to zero over
-    the share `decay` of the steps. `blind` is the share of batches whose questions do not see the picture in the
-    layers from a random one in the last half on.
+    the share `decay` of the steps.
     """
 
     kind: str
@@ -40,7 +39,6 @@ class Stage:
     rate: float
     decay: float = 0.6
     easy: float = 0.1
-    blind: float = 0.0
 
 
 CURRICULA: dict[str, tuple[Stage, ...]] = {
@@ -187,14 +185,12 @@ class Run:
         warm = min(1.0, (self.step + 1) / 40)
         return min(warm, max(0.0, (stage.steps - self.step) / (stage.decay * stage.steps)))
 
-    def _loss(self, stage: Stage, batch: Batch, rng: random.Random) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(self, stage: Stage, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with torch.autocast(self.device.type, torch.bfloat16):
             if stage.kind == "tower":
                 loss = patch_loss(self.learner.patch_logits(self.learner.features(batch.pixels)), batch.labels)
                 return loss, {"patch": loss.detach()}
-            layers = len(self.learner.llava.model.layers)
-            blind = range(rng.randrange(layers // 2, layers), layers) if rng.random() < stage.blind else ()
-            logits, patches, naming = logits_of(self.learner, self.before, batch, blind)
+            logits, patches, naming = logits_of(self.learner, self.before, batch)
         loss = answer_loss(logits, batch.targets)
         parts = {"answer": loss.detach()}
         if patches is not None and stage.kind == "joint":
@@ -227,12 +223,11 @@ class Run:
         seen: dict[str, list[torch.Tensor]] = {}
         spoken = time.monotonic()
         while self.step < stage.steps:
-            rng = random.Random(f"blind/{self.seed}/{self.stage}/{self.step}")
             batch = self._batch(stage).to(self.device)
             share = self._share(stage)
             for optimizer, rate in zip(optimizers, rates, strict=True):
                 optimizer.param_groups[0]["lr"] = rate * share
-            loss, parts = self._loss(stage, batch, rng)
+            loss, parts = self._loss(stage, batch)
             loss.backward()
             learned = [parameter for parameter in self.learner.parameters() if parameter.grad is not None]
             self._average([parameter.grad for parameter in learned])
