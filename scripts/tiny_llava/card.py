@@ -31,7 +31,12 @@ def card(report: dict[str, Any], pictures: int, minutes: int) -> str:
     same, cost = report["same_questions"], report["cost"]
     low, high = cost["interval95"]
     dense = _table(
-        {"dense": report["dense"], "without the picture": report["text_only"], "majority": report["majority"]}
+        {
+            "dense": report["dense"],
+            "another picture": report["other_picture"],
+            "no picture": report["text_only"],
+            "majority": report["majority"],
+        }
     )
     pruned = _table({name: result["accuracy"] for name, result in same.items()})
     lines = [
@@ -47,17 +52,19 @@ def card(report: dict[str, Any], pictures: int, minutes: int) -> str:
             _HEAD.format(pictures=pictures, minutes=minutes),
             "## Dense accuracy",
             "",
-            "`without the picture`: questions see no visual token in any layer. `majority`: the most frequent answer",
-            "to each wording (names left out; easy-VQA's questions whole), chosen on these very questions.",
+            "`another picture`: the same questions about a picture that is not theirs; `no picture`: questions see no",
+            "visual token in any layer, which training never showed, so few answers are even of the right kind.",
+            "`majority`: the most frequent answer to each wording (names left out; easy-VQA's questions whole), chosen",
+            "on these very questions. Wording that gave answers away would lift the first two above the third.",
             "",
             dense,
             "",
             "## Dense and pruned on the same questions",
             "",
-            f"`pruned` is `pruning_config.json`: `{json.dumps(report['pruning_config'])}`. It was chosen on other",
-            "pictures (`pruning_search.json`, `scripts/train_tiny.py --tune`). It costs",
-            f"{cost['points_lost']:.2f} points of overall accuracy [{low:.2f}, {high:.2f}]: of {cost['n']:,} questions",
-            f"{cost['lost']} become wrong and {cost['won']} right.",
+            f"`pruned` is `pruning_config.json`: `{json.dumps(report['pruning_config'])}`.",
+            "It was chosen on other pictures (`pruning_search.json`, `scripts/train_tiny.py --tune`). **It costs",
+            f"{cost['points_lost']:.2f} points of overall accuracy [{low:.2f}, {high:.2f}]** (paired, 95 % interval):",
+            f"of {cost['n']:,} questions {cost['lost']} become wrong and {cost['won']} right.",
             "",
             pruned,
             "",

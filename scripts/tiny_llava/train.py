@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -212,7 +214,8 @@ class Run:
             gradient.copy_(mean.view_as(gradient))
 
     def _run_stage(self, stage: Stage, every: float) -> None:
-        self.log(stage=self.stage, **asdict(stage), workers=self.workers, threads=torch.get_num_threads())
+        hardware = {"workers": self.workers, "threads": torch.get_num_threads(), "machine": machine()}
+        self.log(stage=self.stage, **asdict(stage), **hardware, torch=torch.__version__)
         optimizers = self._optimizers(stage)
         if self.resumed:
             for optimizer, state in zip(optimizers, self.resumed, strict=True):
@@ -258,6 +261,15 @@ class Run:
         results |= measure(learner, self.before, easy)
         self.log(step=self.step, accuracy=summary(results))
         return results
+
+
+def machine() -> str:
+    """The processor's name and its cores, or the GPU's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    listed = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", listed.read_text(), re.MULTILINE) if listed.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def effort(log: Path) -> tuple[int, int]:
