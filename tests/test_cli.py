@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -442,6 +443,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, these tests among them, may ignore it
         os.execv(sys.executable, [str(arg) for arg in (*argv, "--max-new-tokens", 4000)])
     seen, read_to = "", 0
 
