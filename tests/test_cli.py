@@ -22,6 +22,7 @@ from PIL import Image
 from tiny_checkpoints import VOCAB, tiny_config, tiny_model, write_original
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from visual_helpers import noise
 
 from llava.images import load_image
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -68,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "noise.png"
-    Image.effect_noise((40, 30), 80).convert("RGB").save(path)
+    noise((40, 30)).save(path)
     return path
 
 

@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from visual_helpers import HOSTILE, PRUNING, word_tokenizer, write_checkpoint
+from visual_helpers import HOSTILE, PRUNING, noise, word_tokenizer, write_checkpoint
 
 pytest.importorskip("gradio")
 
@@ -35,7 +34,7 @@ def model(tmp_path_factory):
 def pictures(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pictures")
     for name, size in (("wide", (90, 60)), ("tall", (50, 80))):
-        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{name}.png")
+        noise(size).save(folder / f"{name}.png")
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing of a picture")
     return {path.stem: path for path in folder.iterdir()}
 

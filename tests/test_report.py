@@ -9,8 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import chromium, console_errors
-from PIL import Image
-from visual_helpers import HOSTILE, LAYERS, PRUNING, word_tokenizer, write_checkpoint
+from visual_helpers import HOSTILE, LAYERS, PRUNING, noise, word_tokenizer, write_checkpoint
 
 from llava.utils import UserError
 from llava.visualize import report
@@ -54,7 +53,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "<img src=x onerror=alert(2)>.png"
-    Image.effect_noise((90, 60), 80).convert("RGB").save(path)
+    noise((90, 60)).save(path)
     return path
 
 

@@ -13,6 +13,7 @@ from family_models import FAMILIES, IMAGE, LAYERS, family_model
 from PIL import Image
 from test_families import ONE_IMAGE, config_for
 from tiny_stock import write_stock
+from visual_helpers import noise
 
 from llava.pruning import prune
 from llava.serve.chat import ChatModel, ChatSession, LoadOptions, Turn
@@ -23,7 +24,7 @@ CONFIG = {
     "mode": ["shallow", "middle", "deep"],
     "shallow_mid_layer": 2,
     "layer_threshold": 0.9999,
-    "tokens_threshold": 0.05,
+    "tokens_threshold": 0.2,
     "exit_threshold": 0.9,
 }
 SIZE = (112, 56)  # two tiles side by side, and the whole
@@ -42,7 +43,7 @@ def chat(folder):
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.effect_noise(SIZE, 80).convert("RGB").save(path)
+    noise(SIZE).save(path)
     return path
 
 
@@ -94,7 +95,7 @@ def test_a_recording_is_what_the_layers_really_did(name, mode) -> None:
 
 
 def test_an_observation_knows_its_rows_and_patches(chat) -> None:
-    run = observe(chat, Image.effect_noise(SIZE, 80).convert("RGB"), "what is this", CONFIG, max_new_tokens=2)
+    run = observe(chat, noise(SIZE), "what is this", CONFIG, max_new_tokens=2)
     prompt = chat.checkpoint.encode([Turn(run.question, [run.picture])])
     ids = prompt.ids[0].tolist()
     assert len(run.labels) == len(ids) + len(run.answer_ids)

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_checkpoints import ANYRES, PATCHES_PER_SIDE, TILE, tiny_config, tiny_model
 from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from visual_helpers import LAYERS, word_tokenizer, write_checkpoint
+from visual_helpers import LAYERS, noise, word_tokenizer, write_checkpoint
 
 from llava.mm_utils import process_images
 from llava.pruning import prune
@@ -415,7 +415,7 @@ def chat(request, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["dense", "all-stages"])
 def test_an_observation_fits_together(chat, name):
-    picture = Image.effect_noise((60, 40), 80).convert("RGB")
+    picture = noise((60, 40))
     seen = observe(chat, picture, "what is this", CONFIGS[name], max_new_tokens=5)
     visual = seen.recording.visual_positions
     assert visual.tolist() == seen.trace.visual_positions

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tiny_checkpoints import VISION, VOCAB, tiny_config, tiny_model, write_original
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -45,3 +47,10 @@ def write_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast | None = N
     (tokenizer or word_tokenizer()).save_pretrained(path)
     (path / "pruning_config.json").write_text(json.dumps(PRUNING))
     return path
+
+
+def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
+    """Grey noise around the middle, the same every time (`Image.effect_noise` is not)."""
+    width, height = size
+    values = np.random.default_rng(seed).normal(128, 80, (height, width)).clip(0, 255)
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
