@@ -448,8 +448,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
         os.execv(sys.executable, [str(arg) for arg in (*argv, "--max-new-tokens", 4000)])
     seen, read_to = "", 0
 
-    def until(text: str, seconds: float = 300) -> None:
-        """Read on until the terminal has shown ``text`` after what was waited for before."""
+    def until(text: str, seconds: float = 300, press: bytes = b"") -> None:
+        """Read on until the terminal has shown ``text`` after what was waited for before; press the key meanwhile."""
         nonlocal seen, read_to
         deadline = time.monotonic() + seconds
         while text not in seen[read_to:]:
@@ -459,6 +459,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
                     seen += os.read(terminal, 4096).decode(errors="replace")
                 except OSError:
                     pytest.fail(f"the chat ended early: {seen!r}")
+            elif press:
+                os.write(terminal, press)
         read_to = seen.index(text, read_to) + len(text)
 
     try:
@@ -469,7 +471,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
         until("stopped]")
         until("> ")
         os.write(terminal, b"half a line\x03")
-        until("leaves")
+        until("leaves", press=b"\x03")  # pressed while the prompt is being set up, the key waits for the next one
         os.write(terminal, b"/trace\n")
         until("kept positions")
         until("> ")

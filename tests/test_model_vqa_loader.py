@@ -376,7 +376,14 @@ def test_a_signal_ends_after_the_batch_with_130_and_the_command_that_goes_on(mod
     path = tmp_path / "answers with space.jsonl"
     command = program(*arguments(model, bench, path, "--batch-size", 2, "--num-workers", 1))
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        # A shell's background jobs, these tests among them, may ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while not (path.exists() and _written(path) >= 2) and process.poll() is None:
             time.sleep(0.01)
