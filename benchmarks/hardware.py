@@ -13,6 +13,7 @@ import transformers
 
 from llava.pruning import PruningTrace
 from llava.pruning.flops import DecoderShape
+from llava.utils import processor_name
 
 from .timing import interleave
 
@@ -20,7 +21,7 @@ from .timing import interleave
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and load, for the record."""
     facts = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
@@ -31,14 +32,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return facts
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)

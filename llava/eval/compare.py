@@ -34,7 +34,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, PruningTrace
 from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops, savings
 from llava.serve.chat import Checkpoint, GenerationOptions
-from llava.utils import UserError, run_main
+from llava.utils import UserError, processor_name, run_main
 
 DENSE = "dense"
 
@@ -171,16 +171,6 @@ def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "command": ["python", "-m", "llava.eval.compare", *args.argv],
     }
-
-
-def processor_name() -> str:
-    """The CPU's name, as far as this system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def compare(

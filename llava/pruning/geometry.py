@@ -76,27 +76,29 @@ def merged_grid(prepared: Prepared) -> list[list[PatchGrid]]:
     return [[PatchGrid(height // merge, width // merge)] for _, height, width in grids]
 
 
+def cropped_box(processor: Any, size: Size) -> Box:
+    """What a CLIP processor (resize, then centre crop) leaves of a picture of this size."""
+    width, height = size
+    if getattr(processor, "do_resize", True):
+        shortest = _entry(processor.size, "shortest_edge")
+        if shortest is None:
+            width, height = _entry(processor.size, "width"), _entry(processor.size, "height")
+        elif width <= height:
+            width, height = shortest, int(shortest * height / width)
+        else:
+            width, height = int(shortest * width / height), shortest
+    if not getattr(processor, "do_center_crop", True):
+        return WHOLE
+    across, down = _entry(processor.crop_size, "width"), _entry(processor.crop_size, "height")
+    left, top = (width - across) // 2, (height - down) // 2
+    return left / width, top / height, (left + across) / width, (top + down) / height
+
+
 def cropped_square(prepared: Prepared) -> list[list[PatchGrid]]:
     """LLaVA-1.5 as transformers prepares it: the shorter side resized, the middle cropped."""
-    processor, patch = prepared.processor, prepared.config.vision_config.patch_size
+    patch = prepared.config.vision_config.patch_size
     lines, columns = (side // patch for side in prepared.inputs["pixel_values"].shape[-2:])
-    grids = []
-    for width, height in prepared.sizes:
-        if processor.do_resize:
-            shortest = _entry(processor.size, "shortest_edge")
-            if shortest is None:
-                width, height = _entry(processor.size, "width"), _entry(processor.size, "height")
-            elif width <= height:
-                width, height = shortest, int(shortest * height / width)
-            else:
-                width, height = int(shortest * width / height), shortest
-        box = WHOLE
-        if processor.do_center_crop:
-            crop = _entry(processor.crop_size, "width"), _entry(processor.crop_size, "height")
-            left, top = (width - crop[0]) // 2, (height - crop[1]) // 2
-            box = left / width, top / height, (left + crop[0]) / width, (top + crop[1]) / height
-        grids.append([PatchGrid(lines, columns, box)])
-    return grids
+    return [[PatchGrid(lines, columns, cropped_box(prepared.processor, size))] for size in prepared.sizes]
 
 
 def anyres(prepared: Prepared) -> list[list[PatchGrid]]:

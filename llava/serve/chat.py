@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -270,16 +270,7 @@ class Checkpoint:
 
     def load(self, options: LoadOptions) -> tuple[Any, Any]:
         """Tokenizer and model. Raises as `load_pretrained_model` does."""
-        tokenizer, model, _, _ = load_pretrained_model(
-            self.model_path,
-            self.model_base,
-            self.name,
-            load_8bit=options.load_8bit,
-            load_4bit=options.load_4bit,
-            device=options.device,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-        )
+        tokenizer, model, _, _ = load_pretrained_model(self.model_path, self.model_base, self.name, **asdict(options))
         return tokenizer, model
 
     def pruning_config(self, given: Any = None) -> PruningConfig:

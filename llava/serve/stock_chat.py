@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,7 @@ class StockCheckpoint(Checkpoint):
 
     def load(self, options: LoadOptions) -> tuple[Any, Any]:
         """Tokenizer and model."""
-        model = StockModel(
-            self.source,
-            load_8bit=options.load_8bit,
-            load_4bit=options.load_4bit,
-            device=options.device,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-        )
-        return self.tokenizer, model
+        return self.tokenizer, StockModel(self.source, **asdict(options))
 
     def pruning_config(self, given: Any = None) -> PruningConfig:
         """`given` in any form, else the one beside the weights, else `PruningConfig.for_model`."""

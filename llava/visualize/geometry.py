@@ -24,7 +24,7 @@ from llava.mm_utils import (
     unpadded_box,
 )
 from llava.model.llava_arch import merge_type
-from llava.pruning.geometry import PatchGrid, View
+from llava.pruning.geometry import PatchGrid, View, cropped_box
 from llava.serve.chat import Checkpoint, Picture, Prompt
 from llava.serve.stock_chat import StockCheckpoint
 
@@ -197,25 +197,7 @@ def _anyres_map(size: Size, processor: Any, config: Any, side: int, has_class_to
 
 def _processed_boxes(size: Size, processor: Any, side: int) -> np.ndarray:
     """Boxes [side · side, 4] of the tower's patches on what goes into the processor (resize, then centre crop)."""
-    width, height = size
-    resized_width, resized_height = width, height
-    if getattr(processor, "do_resize", True):
-        target = dict(processor.size)
-        shortest = processor_shortest_edge(processor)
-        if target.get("shortest_edge") is None:
-            resized_width, resized_height = target["width"], target["height"]
-        elif width <= height:
-            resized_width, resized_height = shortest, int(shortest * height / width)
-        else:
-            resized_width, resized_height = int(shortest * width / height), shortest
-    crop_left, crop_top, crop_width, crop_height = 0, 0, resized_width, resized_height
-    if getattr(processor, "do_center_crop", True):
-        crop_width, crop_height = processor.crop_size["width"], processor.crop_size["height"]
-        crop_left, crop_top = (resized_width - crop_width) // 2, (resized_height - crop_height) // 2
-
-    xs = crop_left + np.arange(side + 1) * crop_width / side
-    ys = crop_top + np.arange(side + 1) * crop_height / side
-    return _cells(xs * width / resized_width, ys * height / resized_height).reshape(-1, 4)
+    return _grid_boxes(size, PatchGrid(side, side, cropped_box(processor, size)))
 
 
 def _cells(xs: np.ndarray, ys: np.ndarray) -> np.ndarray:

@@ -15,12 +15,14 @@ import torch
 from .data import Batch
 from .model import Learner
 
+NORMAL_95 = 1.959964  # the normal distribution has 95 % within so many standard deviations
+
 
 def interval(correct: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share."""
     if count == 0:
         return 0.0, 1.0
-    z, share = 1.959964, correct / count
+    z, share = NORMAL_95, correct / count
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
     return max(0.0, middle - half), min(1.0, middle + half)

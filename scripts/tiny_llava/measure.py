@@ -28,7 +28,7 @@ from llava.pruning.policy import PolicyFactory
 
 from .data import NEWLINE, SIDE_BY_SIDE, Encoder, easy_batches, held_out_batch, phrase
 from .easyvqa import easy_by_image, easy_picture
-from .evaluate import evaluate, interval
+from .evaluate import NORMAL_95, evaluate, interval
 from .model import Learner
 from .questions import NUMBERS, YES_NO, write_questions
 from .renderer import COLORS, SHAPES, SIZES, make_scene, render
@@ -176,7 +176,7 @@ def paired_difference(samples: Sequence[Sample], before: Sequence[str], after: S
     won = sum(one != sample.answer == other for sample, one, other in zip(samples, before, after, strict=True))
     n = len(samples)
     mean = (lost - won) / n
-    half = 1.959964 * math.sqrt((lost + won) / n - mean**2) / math.sqrt(n)
+    half = NORMAL_95 * math.sqrt((lost + won) / n - mean**2) / math.sqrt(n)
     return {
         "points_lost": round(100 * mean, 2),
         "interval95": [round(100 * (mean - half), 2), round(100 * (mean + half), 2)],

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from llava.utils import processor_name
 
 from .data import Batch, Encoder, easy_batches, held_out_batch, picture_batch, word_batch
 from .evaluate import evaluate, logits_of, summary
@@ -267,9 +267,7 @@ def machine() -> str:
     """The processor's name and its cores, or the GPU's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    listed = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", listed.read_text(), re.MULTILINE) if listed.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor_name()}, {os.cpu_count()} cores"
 
 
 def effort(log: Path) -> tuple[int, int]:
