@@ -54,6 +54,13 @@ class PruningTrace:
         return len(self.visual_positions)
 
     @property
+    def num_kept(self) -> int:
+        """Visual rows left after selection; all of them where nothing was selected or removed."""
+        if self.select_layer is None and self.exit_layer is None:
+            return self.num_visual
+        return len(self.kept_positions)
+
+    @property
     def kept_per_image(self) -> list[int]:
         """Kept rows in each of `image_spans`."""
         return [sum(first <= kept < stop for kept in self.kept_positions) for first, stop in self.image_spans]
