@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llava.pruning import passes
-from llava.pruning.probe import measure_visual_shares
+from llava.pruning import view
+from llava.pruning.shares import measure_visual_shares
 
 from .report import Report, Setting, parser, timing_rows
 from .shapes import Prompts, build_decoder
@@ -37,7 +37,7 @@ def operator_share(variant: Variant, prompts: Prompts, device: torch.device) -> 
             return measure_visual_shares(*args)
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with mock.patch.object(passes, "measure_visual_shares", labelled):
+    with mock.patch.object(view, "measure_visual_shares", labelled):
         variant.prefill(prompts)
         with profile(activities=activities) as profiler:
             variant.prefill(prompts)

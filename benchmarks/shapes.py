@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from llava.pruning.baselines import forced_schedule
-from llava.pruning.policy import PolicyFactory
+from llava.pruning import methods
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Schedule:
         """From `"6,9,10,16"`."""
         return cls(*(int(part) for part in text.split(",")))
 
-    def policy(self) -> PolicyFactory:
-        return forced_schedule(self.shallow, self.select, self.kept, self.leave)
+    def method(self) -> methods.Schedule:
+        return methods.Schedule(self.shallow, self.select, self.kept, self.leave)
 
     def rows_per_layer(self, num_rows: int, num_visual: int, num_layers: int) -> list[int]:
         """Rows that each layer processes."""

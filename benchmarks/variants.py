@@ -78,8 +78,9 @@ def make_variants(
         return nullcontext()
 
     def pruned(prompts: Prompts) -> AbstractContextManager[PruningRun]:
-        turns = cycle([schedule.policy() for schedule in schedules])
-        return prune(pruned_model, policy=lambda prompt: next(turns)(prompt), visual_mask=prompts.visual)
+        turns = cycle(schedule.method() for schedule in schedules)
+        each = [next(turns) for _ in range(len(prompts.visual))]
+        return prune(pruned_model, each, visual_mask=prompts.visual)
 
     def dense(prompts: Prompts) -> AbstractContextManager[PruningRun]:
         return prune(dense_model, None, visual_mask=prompts.visual)

@@ -12,6 +12,7 @@ import argparse
 import os
 import time
 from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +26,42 @@ from tiny_llava.export import write_json
 from tiny_llava.measure import Sample, Shipped, figures, learner_of, pruned_figures, rendered_samples
 
 from llava.constants import SHIPPED_MODEL_PATH
-from llava.pruning import PruningConfig
-from llava.pruning.baselines import keep_at_layer
-from llava.pruning.policy import Decision, Policy, Prompt
-from llava.pruning.probe import Probe
+from llava.pruning import Method, PruningConfig
+from llava.pruning.methods import FastV, Random, Schedule
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
 SPLIT = "stages"  # pictures of its own: neither training nor validation nor the model card's test draws them
 SHOWN = ("overall", "attribute", "existence", "count", "position", "relation", "text")
 
 
-class Watch(Policy):
-    """Prunes nothing; notes the smallest cosine and the largest share of every layer."""
+@dataclass(frozen=True)
+class Watch(Method):
+    """Prunes nothing; notes every prompt's smallest cosine and largest share, layer by layer."""
 
-    def __init__(self, notes: list[list[tuple[float, float]]]) -> None:
-        self.seen: list[tuple[float, float]] = []
-        notes.append(self.seen)
+    notes: list[list[tuple[float, float]]]
 
-    def needs_probe(self, layer: int) -> bool:
-        """In every layer."""
-        return True
+    def looks(self, layer: int) -> bool:
+        """Behind every layer."""
+        return layer >= 0
 
-    def decide(self, layer: int, num_visual: int, probe: Probe | None) -> Decision | None:
+    def measure(self, view: Any) -> Any:
+        """VisiPruner's measures."""
+        return view.shares()
+
+    def decide(self, layer: int, measured: Any, trace: Any) -> None:
         """Nothing leaves."""
-        assert probe is not None
-        self.seen.append((float(probe.cosine.min()), float(probe.norm.max())))
-        return None
+        if measured is not None:
+            if layer == 0:
+                self.notes.append([])
+            trace.watched = self.notes[-1] if layer == 0 else trace.watched
+            trace.watched.append((float(measured["cosine"].min()), float(measured["norm"].max())))
+
+
+def keep_behind(layer: int, kept: int, score: str) -> Method:
+    """Keep `kept` visual tokens behind `layer`: drawn at random, or by the last row's attention or its shares' norm."""
+    if score == "random":
+        return Random(kept, layer + 1)
+    return FastV(layer + 1, kept) if score == "attention" else Schedule(0, layer, kept)
 
 
 def blind_curves(path: Path, pictures: int) -> dict[str, Any]:
@@ -74,12 +85,8 @@ def blind_curves(path: Path, pictures: int) -> dict[str, Any]:
 def cosines(shipped: Shipped, samples: list[Sample]) -> dict[str, Any]:
     """Quantiles over questions of each layer's smallest cosine and largest norm."""
     notes: list[list[tuple[float, float]]] = []
-
-    def watch(prompt: Prompt) -> Watch:
-        return Watch(notes)
-
-    shipped.answer(samples, policy=watch)
-    seen = np.array([note for note in notes if note])  # [questions, layers, 2]
+    shipped.answer(samples, Watch(notes))
+    seen = np.array(notes)  # [questions, layers, 2]
     quantiles = np.quantile(seen, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0).round(5)
     return {
         "n": len(seen),
@@ -96,16 +103,16 @@ def comparison(shipped: Shipped, samples: list[Sample], config: dict[str, Any]) 
     layer, kept = round(ours["mean_select_layer"]), max(1, round(ours["mean_kept"]))
     for score in ("random", "attention", "norm"):
         name = f"{score}, {kept} kept after layer {layer}"
-        rows[name] = pruned_figures(shipped, samples, policy=keep_at_layer(layer, kept, score))
+        rows[name] = pruned_figures(shipped, samples, config=keep_behind(layer, kept, score))
     layers = shipped.model.config.num_hidden_layers
     early = 1  # FastV's layer; at equal FLOPs more tokens can stay there
     share = (layers - 1 - layer) / (layers - 1 - early)
     many = round(144 - (144 - kept) * share)
     for score in ("random", "attention"):
         name = f"{score}, {many} kept after layer {early}"
-        rows[name] = pruned_figures(shipped, samples, policy=keep_at_layer(early, many, score))
+        rows[name] = pruned_figures(shipped, samples, config=keep_behind(early, many, score))
     few = f"attention, {kept} kept after layer {early}"
-    rows[few] = pruned_figures(shipped, samples, policy=keep_at_layer(early, kept, "attention"))
+    rows[few] = pruned_figures(shipped, samples, config=keep_behind(early, kept, "attention"))
     return rows
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from llava.pruning import Policy, PruningConfig, PruningTrace, VisiPruner, prune
-from llava.pruning.policy import Prompt
+from llava.pruning import Method, PruningConfig, PruningTrace, prune
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -151,18 +150,26 @@ def shallow_zeroed(
             c._attn_implementation = name
 
 
-class Recorder(Policy):
-    """Drops nothing, measures every layer from `first` on; text reads what `shallow` lets it."""
+@dataclass(frozen=True)
+class Recorder(Method):
+    """Drops nothing, notes VisiPruner's measures of every layer from `first` on; text reads what `shallow` lets it."""
 
-    def __init__(self, probes: dict[int, tuple], first: int, shallow: Policy):
-        self.probes, self.first, self.reading = probes, first, shallow.reading
+    shares: dict[int, dict]
+    first: int
+    shallow: Method = Method()  # noqa: RUF009 (frozen)
 
-    def needs_probe(self, layer: int) -> bool:
+    def treatment(self, layer):
+        return self.shallow.treatment(layer)
+
+    def looks(self, layer):
         return layer >= self.first
 
-    def decide(self, layer, num_visual, probe):
-        if probe is not None:
-            self.probes[layer] = (probe.cosine, probe.norm)
+    def measure(self, view):
+        return view.shares()
+
+    def decide(self, layer, measured, trace):
+        if measured is not None:
+            self.shares[layer] = measured
 
 
 def between(values) -> float:
@@ -180,20 +187,18 @@ def thresholds_for(model: nn.Module, inputs: dict, shallow_mid_layer: int, sink:
     Read from the model's own probe, so that every family decides something. `sink`: layer 0's rule, with the shallow
     stage; None: without it.
     """
-    shallow = PruningConfig(mode=("shallow",) if sink else (), shallow_mid_layer=shallow_mid_layer)
-    probes: dict[int, tuple] = {}
-
-    def record(prompt: Prompt) -> Policy:
-        return Recorder(probes, shallow_mid_layer + 1, VisiPruner(shallow, sink or "first"))
-
-    with prune(model, policy=record), torch.no_grad():
+    shallow = PruningConfig(
+        mode=("shallow",) if sink else (), shallow_mid_layer=shallow_mid_layer, shallow_sink=sink or "first"
+    )
+    recorder = Recorder({}, shallow_mid_layer + 1, shallow)
+    with prune(model, recorder), torch.no_grad():
         model(**inputs)
-    smallest = {layer: float(cosine.min()) for layer, (cosine, _) in probes.items()}
+    smallest = {layer: float(shares["cosine"].min()) for layer, shares in recorder.shares.items()}
     first, second = shallow_mid_layer + 1, shallow_mid_layer + 2
     # Select in the second eligible layer where the numbers allow it, else in the first.
     select = second if smallest[first] - smallest[second] > 1e-3 else first
     layer_threshold = (smallest[first] + smallest[second]) / 2 if select == second else (smallest[first] + 1) / 2
-    tokens_threshold = between(probes[select][1])
+    tokens_threshold = between(recorder.shares[select]["norm"])
 
     # With these, the kept rows' cosines behind the selection say which exit threshold makes which layers quiet.
     config = PruningConfig(

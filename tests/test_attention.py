@@ -7,9 +7,9 @@ import pytest
 import torch
 from naive import shallow_edit
 
-from llava.pruning import Reading, attention
+from llava.pruning import Read, Treatment, attention
 from llava.pruning.attention import Tally, attend_behind, attend_prompt, attend_with_lse, score_lse
-from llava.pruning.probe import measure_visual_shares
+from llava.pruning.shares import measure_visual_shares
 from llava.pruning.rows import Rows
 
 HEADS, DIM, SCALE = 6, 16, 0.25
@@ -75,7 +75,7 @@ def test_the_last_rows_see_all_earlier_keys_and_themselves(qkv, last) -> None:
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize(
     ("reading", "rule"),
-    [(Reading.NO_IMAGE, "none"), (Reading.FIRST_SINK, "first"), (Reading.HALF_SINK, "half")],
+    [(Read.NO_IMAGE, "none"), (Read.FIRST_SINK, "first"), (Read.HALF_SINK, "half")],
 )
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_shallow_reading_equals_weights_zeroed_after_the_softmax(qkv, mask, reading, rule, drafts) -> None:
@@ -85,7 +85,7 @@ def test_shallow_reading_equals_weights_zeroed_after_the_softmax(qkv, mask, read
     visual[rows.visual] = True
     weights = shallow_edit(weights_of(query, keys).softmax(-1), visual, rows.num_prompt, rule)
     expected = weights @ values.repeat_interleave(HEADS // len(values), 0)
-    output = attend_prompt(query, keys, values, SCALE, rows, reading, Tally())
+    output = attend_prompt(query, keys, values, SCALE, rows, Treatment(reading), Tally())
     torch.testing.assert_close(output, expected)
 
 
@@ -94,7 +94,7 @@ def test_no_image_reads_no_value_of_the_image_for_text(qkv) -> None:
     query, keys, values = qkv(rows.count)
     poisoned = values.clone()
     poisoned[:, 2:6] = torch.nan
-    output = attend_prompt(query, keys, poisoned, SCALE, rows, Reading.NO_IMAGE, Tally())
+    output = attend_prompt(query, keys, poisoned, SCALE, rows, Treatment(Read.NO_IMAGE), Tally())
     assert not output[:, [0, 1, 6, 7, 8]].isnan().any()
 
 
@@ -119,7 +119,7 @@ def test_the_probe_equals_shares_taken_one_by_one(qkv, mask, dtype) -> None:
 
 def test_dropping_rows_keeps_order_positions_and_runs() -> None:
     rows = rows_of("ttvvvtvvt", drafts=2)
-    left, survivors = rows.without(np.array([True, False, True, False, True]))
+    left, survivors = rows.keeping(np.array([0, 2, 4]))
     assert survivors.tolist() == [0, 1, 2, 4, 5, 7, 8, 9, 10]
     assert left.visual.tolist() == [2, 3, 5]
     assert left.positions.tolist() == [2, 4, 7]

@@ -12,10 +12,8 @@ from benchmarks.hardware import Machine, prefill_roofline
 from benchmarks.shapes import SHAPES, Prompts, Schedule, build_decoder, twin
 from benchmarks.timing import Timings, interleave
 from benchmarks.variants import CEILING, DENSE, EAGER, OURS_DENSE, PRUNED, cache_bytes, make_variants, run_layers
-from llava.pruning import PruningTrace
-from llava.pruning.baselines import forced_schedule
+from llava.pruning import PruningConfigError, PruningTrace, methods
 from llava.pruning.flops import DecoderShape, dense_trace, executed_flops
-from llava.pruning.policy import Prompt
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -64,11 +62,11 @@ def test_ragged_prompts_are_left_padded_and_can_be_taken_alone():
     assert torch.equal(alone.embeds, prompts.embeds[1:, 4:])
 
 
-@pytest.mark.parametrize("layers", [(0, 3, 5), (3, 3, 5), (2, 6, 5), (2, 3, 9)])
+@pytest.mark.parametrize("layers", [(-1, 3, 5), (3, 3, 5), (2, 6, 5), (2, 3, 9)])
 def test_a_forced_schedule_out_of_order_is_refused(layers):
     shallow, select, leave = layers
-    with pytest.raises(ValueError, match="ascend"):
-        forced_schedule(shallow, select, 5, leave)(Prompt(8, 40, torch.arange(3, 20).numpy()))
+    with pytest.raises(PruningConfigError, match="ascend"):
+        methods.Schedule(shallow, select, 5, leave).validate_for(8)
 
 
 def test_ratios_are_medians_of_pairs():
@@ -86,7 +84,7 @@ def test_runs_take_turns_in_rotating_order():
 
 
 def test_roofline_is_arithmetic_or_bandwidth():
-    shape = DecoderShape(4, 64, 128, 4, 16, 100, 4 * 64 * 64 + 3 * 64 * 128)
+    shape = DecoderShape(4, 64, 128, 4, 16, 100, 4 * 64 * 64 + 3 * 64 * 128, 2 * 64 * 64)
     trace = dense_trace(PruningTrace(50, list(range(5, 40))), shape)
     busy = prefill_roofline([trace], shape, torch.float32, Machine(flops=1e9, bandwidth=1e30))
     assert busy == pytest.approx(executed_flops(trace, shape) / 1e9)

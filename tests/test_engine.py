@@ -9,19 +9,20 @@ import weakref
 
 import pytest
 import torch
+from family_reference import Recorder
 from naive import NaiveResult, hide_rows, naive_generate
 from transformers import DynamicCache, StaticCache
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.pruning import (
-    Policy,
+    Method,
     PruningConfig,
     PruningConfigError,
     UnsupportedCallError,
     UnsupportedModelError,
-    VisiPruner,
     prune,
 )
+from llava.pruning.generation import Generation
 from llava.utils import UserError
 
 NUM_LAYERS, HIDDEN, NEW = 8, 64, 5
@@ -81,24 +82,14 @@ def make_config(model, rows, visual, mode: list[str], sink: str = "first") -> di
     if "middle" not in mode:
         return config | ({"mid_deep_layer": 4} if "deep" in mode else {})
 
-    stages = PruningConfig(mode=[stage for stage in mode if stage == "shallow"], shallow_mid_layer=2)
-
-    seen = {}
-
-    class Record(VisiPruner):
-        def needs_probe(self, layer):
-            return layer > 2
-
-        def decide(self, layer, num_visual, probe):
-            if probe is not None:
-                seen[layer] = probe
-
-    with torch.no_grad(), prune(model, policy=lambda prompt: Record(stages, sink), visual_mask=visual[None]):
+    shallow = [stage for stage in mode if stage == "shallow"]
+    recorder = Recorder({}, 3, PruningConfig(mode=shallow, shallow_mid_layer=2, shallow_sink=sink))
+    with torch.no_grad(), prune(model, recorder, visual_mask=visual[None]):
         model(inputs_embeds=rows[None])
     # Select at layer 3, keep about a third.
-    probe = seen[3]
-    threshold = float(probe.cosine.min()) + 1e-3
-    ordered = sorted(probe.norm.tolist())
+    shares = recorder.shares[3]
+    threshold = float(shares["cosine"].min()) + 1e-3
+    ordered = sorted(shares["norm"].tolist())
     cut = 2 * len(ordered) // 3
     kept = (ordered[cut - 1] + ordered[cut]) / 2
     config |= {"layer_threshold": min(threshold, 0.9999), "tokens_threshold": kept}
@@ -295,7 +286,7 @@ def test_a_decode_loop_by_hand_over_a_padded_batch_equals_the_unpatched_model(re
         return torch.stack(logits)
 
     expected = by_hand(**padded)
-    with prune(model, policy=lambda prompt: Policy()):
+    with prune(model, Method()):
         torch.testing.assert_close(by_hand(**padded), expected, atol=1e-4, rtol=0)
 
 
@@ -308,7 +299,7 @@ def test_assisted_decoding_takes_draft_tokens_for_decoded_ones(ready) -> None:
     embeds = torch.cat([rows, model.get_input_embeddings()(drafts)[0]])
     mask = torch.cat([visual, torch.zeros(3, dtype=torch.bool)])
     with prune(model, config) as run:
-        run._assisted = True
+        run._generation = Generation(is_assisted=True)
         output = model(inputs_embeds=embeds[None], visual_mask=mask[None], logits_to_keep=4)
     assert run.traces[0].num_rows == len(rows)
     assert run.traces[0].kept_positions == expected.kept
@@ -385,7 +376,7 @@ def test_nothing_is_left_on_the_model(ready) -> None:
         model(inputs_embeds=rows[None], visual_mask=visual[None])
         assert snapshot(model) != before
     assert snapshot(model) == before
-    with pytest.raises(ZeroDivisionError), prune(model, config), prune(model, {"mode": []}):
+    with pytest.raises(ZeroDivisionError), prune(model, config):
         raise ZeroDivisionError
     assert snapshot(model) == before
     with pytest.raises(RuntimeError), prune(model, config):
@@ -397,35 +388,35 @@ def test_nothing_is_left_on_the_model(ready) -> None:
 
 
 @torch.no_grad()
-def test_blocks_nest_and_the_innermost_rules(ready) -> None:
-    model, rows, visual, config = ready
-    inputs = {"inputs_embeds": rows[None], "visual_mask": visual[None]}
-    dense = model(**inputs).logits[:, -1]
-    with prune(model, config) as outer:
-        pruned = model(**inputs).logits[:, -1]
-        with prune(model, {"mode": []}) as inner:
-            assert torch.equal(model(**inputs).logits[:, -1], dense)
-        assert inner.traces[0].select_layer is None
-        assert torch.equal(model(**inputs).logits[:, -1], pruned)
-    assert outer.traces[0].select_layer == 3
-    assert not torch.equal(pruned, dense)
-
-
-@torch.no_grad()
-def test_blocks_closed_by_hand_in_another_order_leave_the_open_one_at_work(ready) -> None:
+def test_a_second_block_is_refused_by_name_and_the_first_goes_on(ready) -> None:
     model, rows, visual, config = ready
     before = snapshot(model)
     inputs = {"inputs_embeds": rows[None], "visual_mask": visual[None]}
-    outer, inner = prune(model, {"mode": []}), prune(model, config)
-    outer.__enter__()
-    run = inner.__enter__()
-    pruned = model(**inputs).logits
-    alone = run.traces[0].to_dict()
-    outer.__exit__(None, None, None)
-    assert torch.equal(model(**inputs).logits, pruned)
-    assert run.traces[0].to_dict() == alone
-    inner.__exit__(None, None, None)
+    with prune(model, config) as run:
+        pruned = model(**inputs).logits
+        with pytest.raises(RuntimeError, match=r"open on this model: PruningRun\(.*shallow_mid_layer"), prune(model):
+            pass
+        with pytest.raises(RuntimeError, match="open on this model"):
+            model.generate(**inputs, pruning_config=config)
+        assert torch.equal(model(**inputs).logits, pruned)
+        assert run.traces[0].select_layer == 3
     assert snapshot(model) == before
+
+
+@torch.no_grad()
+def test_every_prompt_of_a_batch_may_have_a_config_of_its_own(ready) -> None:
+    model, _, _, config = ready
+    prompts = [make_prompt(layout, seed=seed) for seed, layout in enumerate(BATCH)]
+    configs = [config, None, {"method": "vtw", "layer": 3}]
+    inputs = left_padded(prompts)
+    with prune(model, configs, visual_mask=inputs.pop("visual_mask")) as run:
+        output = model.generate(**inputs, **GREEDY)
+    for number, ((rows, visual), own) in enumerate(zip(prompts, configs, strict=True)):
+        alone, trace = run_engine(model, rows, visual, own or {"mode": []})
+        assert output.sequences[number].tolist() == alone.sequences[0].tolist()
+        assert run.traces[number].rows_per_layer == trace.rows_per_layer
+    with pytest.raises(UnsupportedCallError, match="2 pruning configs were given for 3 prompts"):
+        model.generate(**left_padded(prompts), pruning_config=configs[:2])
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from family_models import FAMILIES, LAYERS, family_model
@@ -16,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationMixin
 
 from llava.pruning import (
-    Cause,
-    Decision,
-    Policy,
+    LEAVE,
+    Method,
     PruningConfig,
     PruningConfigError,
     UnsupportedCallError,
@@ -316,14 +314,11 @@ def test_rows_stay_until_the_last_image_features_have_joined(name) -> None:
         model.generate(**inputs, max_new_tokens=1)
     assert run.traces[0].exit_layer == FAMILIES[name].first_layer == 3
 
-    class Early(Policy):
-        def decide(self, layer, num_visual, probe):
-            return Decision(np.zeros(num_visual, dtype=bool), Cause.EXIT)
+    class Early(Method):
+        def decide(self, layer, measured, trace):
+            return LEAVE
 
-    with (
-        pytest.raises(UnsupportedCallError, match="needs every row up to layer 2"),
-        prune(model, policy=lambda prompt: Early()),
-    ):
+    with pytest.raises(UnsupportedCallError, match="needs every row up to layer 2"), prune(model, Early()):
         model.generate(**inputs, max_new_tokens=1)
 
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.pruning import PruningTrace, prune
-from llava.pruning.baselines import forced_schedule
+from llava.pruning.methods import Schedule
 from llava.pruning.flops import (
     DecoderShape,
     counter_mapping,
@@ -28,6 +28,7 @@ LLAVA_7B = DecoderShape(
     head_dim=128,
     vocab_size=32000,
     linear_weights=4 * 4096**2 + 3 * 4096 * 11008,
+    key_value_weights=2 * 4096**2,
 )
 
 
@@ -84,8 +85,8 @@ def prompts(*parts: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 POLICIES = {
     "dense": {},
-    "pruned": {"policy": forced_schedule(2, 4, 5, 6)},
-    "half": {"policy": forced_schedule(2, 4, 5, 6, sink="half")},
+    "pruned": {"config": Schedule(2, 4, 5, 6)},
+    "half": {"config": Schedule(2, 4, 5, 6, "half")},
     "shallow": {"config": {"mode": ["shallow"], "shallow_mid_layer": 3}},
     "deep": {"config": {"mode": ["deep"], "mid_deep_layer": 5}},
 }
@@ -118,7 +119,7 @@ def test_executed_equals_the_torch_counter(kv_heads, name, parts):
 
 def test_savings_agree_with_counts_and_know_prompts_without_images():
     model, batch = decoder(2), prompts((6, 40, 9))
-    with torch.no_grad(), prune(model, policy=forced_schedule(2, 4, 5, 6), visual_mask=batch["visual"]) as run:
+    with torch.no_grad(), prune(model, Schedule(2, 4, 5, 6), visual_mask=batch["visual"]) as run:
         model(inputs_embeds=batch["embeds"], use_cache=True, logits_to_keep=1)
     trace, shape = run.traces[0], DecoderShape.of(model)
     saved = savings(trace, model)

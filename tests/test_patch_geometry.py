@@ -23,7 +23,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from llava.pruning.adapters import adapter_for
+from llava.pruning.families import adapter_for
 from llava.visualize.geometry import map_of_grids
 
 SHARP = {"resample": Image.Resampling.BOX}

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from tiny_llava.measure import Shipped, easy_samples, pruned_figures, rendered_samples
 
 from llava.constants import SHIPPED_MODEL_PATH
-from llava.pruning.baselines import keep_at_layer
+from llava.pruning.methods import Random
 
 FOLDER = Path(SHIPPED_MODEL_PATH)
 TARGETS = {
@@ -51,7 +51,7 @@ def test_texts_need_the_tokens_that_the_method_chooses(shipped: Shipped, config:
     samples = [sample for sample in rendered_samples("test", 40) if sample.task == "text"]
     pruned = pruned_figures(shipped, samples, config=config)
     layer, kept = round(pruned["mean_select_layer"]), round(pruned["mean_kept"])
-    random = pruned_figures(shipped, samples, policy=keep_at_layer(layer, kept, "random"))
+    random = pruned_figures(shipped, samples, config=Random(kept, layer + 1))
     assert len(samples) >= 30
     assert pruned["accuracy"]["text"]["accuracy"] >= random["accuracy"]["text"]["accuracy"] + 30
 

@@ -13,7 +13,7 @@ from visual_helpers import LAYERS, noise, word_tokenizer, write_checkpoint
 
 from llava.mm_utils import process_images
 from llava.pruning import prune
-from llava.pruning.policy import Reading
+from llava.pruning import Read
 from llava.serve.chat import ChatModel, Checkpoint, GenerationOptions, Turn
 from llava.utils import UserError
 from llava.visualize import (
@@ -457,4 +457,4 @@ def test_half_of_all_visual_rows_is_hidden_even_from_text_between_pictures(model
     for position in range(14):
         expected = real[0][position].view(4, -1).detach()
         np.testing.assert_allclose(recording.row(position).output[0], expected, atol=2e-5)
-    assert Reading.HALF_SINK.visible(8) == 4
+    assert Read.HALF_SINK.visible(8) == 4

@@ -21,7 +21,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, has_visio
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.pruning import PruningConfig, PruningTrace, call_lock, prune
-from llava.pruning.generation import GenerationOptions
+from llava.pruning.generation import Generation
 from llava.utils import UserError
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k")
@@ -384,7 +384,7 @@ class LlavaMetaForCausalLM:
             kwargs["attention_mask"] = attention_mask
         # One call at a time: another thread may be pruning, which shows on the model while it lasts.
         with call_lock(self._module):
-            if GenerationOptions(self._module, kwargs).is_assisted and "input_ids" not in kwargs:
+            if Generation.of(self._module, kwargs).is_assisted and "input_ids" not in kwargs:
                 return self._generate_assisted(inputs_embeds, row_ids, **kwargs)
             return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from llava.model import checkpoint as files
 from llava.model.placement import placement_for, quantization_for
 from llava.pruning import PruningConfig, PruningTrace, prune
-from llava.pruning.adapters import FAMILIES, REFUSED, UnsupportedModelError
+from llava.pruning.families import FAMILIES, REFUSED, UnsupportedModelError
 from llava.utils import UserError
 
 Conversation = Sequence[tuple[str, Sequence[Image.Image], str | None]]

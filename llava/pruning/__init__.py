@@ -1,32 +1,40 @@
-"""Training-free pruning of visual tokens: the method, its attention, its cache and its accounting.
+"""Training-free pruning of visual tokens: methods, the engine that carries them out, its cache and its accounting.
 
-Start reading at `policy.py` (what is decided), then `probe.py` (what it is decided from), `attention.py` (what is
-computed), `passes.py` (one forward, layer by layer) and `engine.py` (how it is put on a transformers model).
+Start reading at `methods/visipruner.py` (what is decided), then `method.py` (what a method may say), `view.py` (what it
+may look at), `prefill.py` (one forward, layer by layer) and `hooks.py` (how it is put on a transformers model).
 """
 
-from .adapters import supported_models
-from .config import PruningConfig, PruningConfigError
-from .engine import PruningRun, call_lock, prune
 from .errors import UnsupportedCallError, UnsupportedModelError
-from .policy import Cause, Decision, Policy, Prompt, Reading, VisiPruner
-from .probe import Probe
-from .trace import PruningTrace
+from .families import supported_models
+from .hooks import PruningRun, call_lock, prune
+from .method import LEAVE, METHODS, Cause, Keep, Method, PruningConfigError, Read, Treatment, keep_best, register
+from .methods import VisiPruner
+from .trace import Decision, PruningTrace
+from .view import View
+
+PruningConfig = VisiPruner
+"""VisiPruner's knobs, under the name that LLaVA's users know. `PruningConfig.from_any` reads every method."""
 
 __all__ = [
+    "LEAVE",
+    "METHODS",
     "Cause",
     "Decision",
-    "Policy",
-    "Probe",
-    "Prompt",
+    "Keep",
+    "Method",
     "PruningConfig",
     "PruningConfigError",
     "PruningRun",
     "PruningTrace",
-    "Reading",
+    "Read",
+    "Treatment",
     "UnsupportedCallError",
     "UnsupportedModelError",
+    "View",
     "VisiPruner",
     "call_lock",
+    "keep_best",
     "prune",
+    "register",
     "supported_models",
 ]

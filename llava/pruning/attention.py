@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from . import varlen
-from .policy import Reading
+from .method import Read, Treatment
 from .rows import Rows
 
 # Scores that are only needed for their log-sum-exp are computed this many at a time (float32: 16 MiB).
@@ -127,19 +127,44 @@ def attend_prompt(
     values: torch.Tensor,
     scale: float,
     rows: Rows,
-    reading: Reading,
+    treatment: Treatment,
     tally: Tally,
 ) -> torch.Tensor:
-    """Prefill attention of one prompt's rows under `reading`, `[heads, rows, head_dim]`."""
-    if reading is Reading.ALL or not rows.runs:
+    """Prefill attention of one prompt's rows under `treatment`, `[heads, rows, head_dim]`.
+
+    Visual rows that are not updated ask nothing: their queries are not read and their outputs are 0.
+    """
+    read, update = treatment.read, treatment.update
+    if not rows.runs or (read is Read.ALL and update):
         return attend(query, keys, values, scale, causal=True, tally=tally)
     prompt = slice(0, rows.num_prompt)
-    read = _read_no_image if reading is Reading.NO_IMAGE else _read_sink
-    output = read(query[:, prompt], keys[:, prompt], values[:, prompt], scale, rows, reading, tally)
+    own = query[:, prompt], keys[:, prompt], values[:, prompt]
+    if read is Read.ALL:
+        output = _attend_frozen(*own, scale, rows, tally)
+    elif read is Read.NO_IMAGE:
+        output = _read_no_image(*own, scale, rows, update, tally)
+    elif update:
+        output = _read_sink(*own, scale, rows, read, tally)
+    else:
+        raise NotImplementedError("a layer whose visual rows are frozen has no sinks")
     if rows.num_prompt < rows.count:
-        # Draft tokens are decoded tokens: the shallow stage does not touch them.
+        # Draft tokens are decoded tokens: no treatment touches them.
         drafts = attend_behind(query[:, rows.num_prompt :], keys, values, scale, tally)
         output = torch.cat([output, drafts], dim=1)
+    return output
+
+
+def _attend_frozen(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, rows: Rows, tally: Tally
+) -> torch.Tensor:
+    """Ordinary attention of the rows that are not visual, stretch by stretch between the images."""
+    output = torch.zeros_like(query)
+    begin = 0
+    for first, stop in [*rows.runs, (rows.num_prompt, rows.num_prompt)]:
+        if begin < first:
+            text = slice(begin, first)
+            output[:, text] = attend_behind(query[:, text], keys[:, :first], values[:, :first], scale, tally)
+        begin = stop
     return output
 
 
@@ -149,12 +174,12 @@ def _read_no_image(
     values: torch.Tensor,
     scale: float,
     rows: Rows,
-    reading: Reading,
+    update: bool,
     tally: Tally,
 ) -> torch.Tensor:
-    """`Reading.NO_IMAGE`: p * att_T for text rows, whose image scores are computed but no image value is read."""
-    output = torch.empty_like(query)
-    for number, (first, stop) in enumerate(rows.runs):
+    """`Read.NO_IMAGE`: p * att_T for text rows, whose image scores are computed but no image value is read."""
+    output = torch.empty_like(query) if update else torch.zeros_like(query)
+    for number, (first, stop) in enumerate(rows.runs if update else []):
         # The rows before the first run see no image, so they may share its call.
         begin = 0 if number == 0 else first
         output[:, begin:stop] = attend_behind(query[:, begin:stop], keys[:, :stop], values[:, :stop], scale, tally)
@@ -178,13 +203,13 @@ def _read_sink(
     values: torch.Tensor,
     scale: float,
     rows: Rows,
-    reading: Reading,
+    read: Read,
     tally: Tally,
 ) -> torch.Tensor:
     """Layer 0: visual rows get p * att_T; text rows what `FIRST_SINK` or `HALF_SINK` says."""
     text = rows.text_index(query.device)
     text_keys, text_values = keys[:, text], values[:, text]
-    if reading is Reading.HALF_SINK:
+    if read is Read.HALF_SINK:
         # Zeroed weights and zeroed values are the same thing to the sum.
         hidden = varlen.to_device(torch.from_numpy(rows.visual[: len(rows.visual) // 2]), torch.int64, values.device)
         values = values.index_fill(1, hidden, 0)
@@ -206,7 +231,7 @@ def _read_sink(
         )
         output[:, first:stop] = ((part_lse - lse[:, first:stop]).exp()[..., None] * part).to(query.dtype)
 
-    if reading is Reading.FIRST_SINK:
+    if read is Read.FIRST_SINK:
         # The rows before the image have nothing to collapse.
         first_visual = rows.runs[0][0]
         part, part_lse = attend_with_lse(query[:, text], text_keys, text_values, scale, causal=True, tally=tally)

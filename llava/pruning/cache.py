@@ -28,11 +28,29 @@ class CacheLease:
         active: whether that engine is still in charge.
         last_positions: int64 [batch or 1, 1], the position of each sample's last row. Layers hold fewer rows than
             that, so it cannot be told from their lengths.
+        renumbered: for each sample, whether its rows were numbered anew, so that a new row's position in a layer is
+            the number of rows that the layer holds.
     """
 
     def __init__(self) -> None:
         self.active = True
         self.last_positions: torch.Tensor | None = None
+        self.renumbered: list[bool] = []
+
+    def note_positions(
+        self, position_ids: torch.Tensor | None, width: int, device: torch.device | None = None
+    ) -> None:
+        """Remember where the rows of a call end, for a loop by hand, which gives no `position_ids` of its own."""
+        if position_ids is None:
+            self.last_positions = torch.full((1, 1), width - 1, device=device)
+        else:
+            self.last_positions = position_ids[:, -1:] if position_ids.ndim == 2 else None
+
+    def following_positions(self, width: int) -> torch.Tensor | None:
+        """Positions of the next `width` rows, int64 [batch or 1, width]; None where they are not plain numbers."""
+        if self.last_positions is None:
+            return None
+        return self.last_positions + torch.arange(1, width + 1, device=self.last_positions.device)
 
 
 @dataclass

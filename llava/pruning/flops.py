@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .adapters import adapter_for
+from .families import adapter_for
 from .trace import PruningTrace
 
 CONVENTIONS = ("paper", "fastv", "prompt", "executed")
@@ -25,6 +25,7 @@ class DecoderShape:
     Attributes:
         num_layers, hidden_size, intermediate_size, num_heads, head_dim, vocab_size: as in the config.
         linear_weights: weights of a layer's linear maps, so that a row costs 2 * `linear_weights` FLOPs there.
+        key_value_weights: those of them that make keys and values, all that a row costs which is not updated.
     """
 
     num_layers: int
@@ -34,15 +35,14 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     linear_weights: int
+    key_value_weights: int
 
     @classmethod
     def of(cls, model: nn.Module) -> DecoderShape:
         """The shape of a supported model's decoder. Raises `UnsupportedModelError` for other models."""
         adapter = adapter_for(model)
         config = adapter.decoder.config
-        linear_weights = sum(
-            part.in_features * part.out_features for part in adapter.layers[0].modules() if isinstance(part, nn.Linear)
-        )
+        layer = adapter.layers[0]
         return cls(
             num_layers=len(adapter.layers),
             hidden_size=config.hidden_size,
@@ -50,8 +50,13 @@ class DecoderShape:
             num_heads=config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             vocab_size=config.vocab_size,
-            linear_weights=linear_weights,
+            linear_weights=_linear_weights(layer),
+            key_value_weights=_linear_weights(layer.self_attn.k_proj) + _linear_weights(layer.self_attn.v_proj),
         )
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def paper_flops(visual_rows: Sequence[float], shape: DecoderShape) -> float:
@@ -81,26 +86,33 @@ def prompt_flops(rows: Sequence[float], shape: DecoderShape) -> float:
 def executed_flops(trace: PruningTrace, shape: DecoderShape) -> int:
     """What the prefill really called, two FLOPs a multiply-add, the vision tower apart.
 
-    Linear layers over the rows each layer processed; attention as the rectangle of every call, the probe and
-    the scores the shallow stage needs included; the output head over the rows it was given.
+    Linear layers over the rows each layer processed (keys and values alone for rows that it did not update);
+    attention as the rectangle of every call, a method's measures and the scores the shallow stage needs included;
+    the output head over the rows it was given.
     """
-    linear = 2 * shape.linear_weights * sum(trace.rows_per_layer)
-    attention = 2 * shape.head_dim * (sum(trace.score_pairs) + sum(trace.value_pairs))
-    return linear + attention + 2 * trace.lm_head_rows * shape.hidden_size * shape.vocab_size
+    updating = shape.linear_weights - shape.key_value_weights
+    linear = shape.key_value_weights * sum(trace.rows_per_layer) + updating * sum(trace.updated_rows_per_layer)
+    attention = shape.head_dim * (sum(trace.score_pairs) + sum(trace.value_pairs))
+    head = trace.lm_head_rows * shape.hidden_size * shape.vocab_size
+    return 2 * (linear + attention + head) + trace.projection_flops
+
+
+def note_dense(trace: PruningTrace, num_layers: int, num_heads: int) -> PruningTrace:
+    """Enter what the model's own kernels do with a prompt: every row in every layer, one full rectangle each.
+
+    Returns `trace`.
+    """
+    pairs = num_heads * trace.num_rows**2
+    trace.rows_per_layer, trace.updated_rows_per_layer = ([trace.num_rows] * num_layers for _ in range(2))
+    trace.score_pairs, trace.value_pairs = ([pairs] * num_layers for _ in range(2))
+    trace.visual_rows_read = [trace.num_visual] * num_layers
+    return trace
 
 
 def dense_trace(trace: PruningTrace, shape: DecoderShape) -> PruningTrace:
     """The same prompt without pruning."""
-    pairs = shape.num_heads * trace.num_rows**2
-    return PruningTrace(
-        num_rows=trace.num_rows,
-        visual_positions=trace.visual_positions,
-        rows_per_layer=[trace.num_rows] * shape.num_layers,
-        score_pairs=[pairs] * shape.num_layers,
-        value_pairs=[pairs] * shape.num_layers,
-        visual_rows_read=[trace.num_visual] * shape.num_layers,
-        lm_head_rows=trace.lm_head_rows,
-    )
+    dense = PruningTrace(trace.num_rows, trace.visual_positions, lm_head_rows=trace.lm_head_rows)
+    return note_dense(dense, shape.num_layers, shape.num_heads)
 
 
 def flops(trace: PruningTrace, shape: DecoderShape) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""What a call of transformers' `generate` asks for, and what of it pruning cannot honour."""
+"""What a call of transformers' `generate` asks for: copies of prompts, drafts, and what pruning cannot honour."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,63 +11,74 @@ from transformers.cache_utils import DynamicCache
 
 from .errors import UnsupportedCallError
 
+_REFUSED = {
+    "prefill_chunk_size": "the prompt must be prefilled in one piece",
+    "penalty_alpha": "contrastive search is not supported",
+    "guidance_scale": "guidance prefills a second prompt, without the image",
+    "dola_layers": "DoLa reads layers that hold different rows",
+    "output_attentions": "attention is fused, its weights are never formed",
+    "custom_generate": "only transformers' own decoding methods are supported",
+    "assistant_early_exit": "self-speculation skips the layers that decide",
+}
 
-class GenerationOptions:
-    """What a `generate` call really asks for: its keywords, else its generation config, else the model's."""
 
-    def __init__(self, model: nn.Module, kwargs: Mapping[str, Any]):
-        self.model = model
-        self.kwargs = kwargs
-        self.configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+@dataclass(frozen=True)
+class Generation:
+    """How one `generate` call uses the model.
 
-    def get(self, name: str, default: Any = None) -> Any:
-        if self.kwargs.get(name) is not None:
-            return self.kwargs[name]
-        for config in self.configs:
-            if getattr(config, name, None) is not None:
-                return getattr(config, name)
-        return default
+    Attributes:
+        copies: of each prompt in the batch that the model sees (beams, or sequences to return).
+        is_assisted: whether draft tokens come with the prompt.
+    """
 
-    @property
-    def expand_size(self) -> int:
-        """Copies of each prompt in the batch that the model sees."""
-        return max(self.get("num_beams", 1), self.get("num_return_sequences", 1))
+    copies: int = 1
+    is_assisted: bool = False
 
-    @property
-    def is_assisted(self) -> bool:
-        """Whether draft tokens come with the prompt."""
-        return any(self.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"))
+    @classmethod
+    def of(cls, model: nn.Module, kwargs: Mapping[str, Any]) -> Generation:
+        """From what a call was given."""
+        option = _options(model, kwargs)
+        drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return cls(
+            max(option("num_beams") or 1, option("num_return_sequences") or 1),
+            any(option(name) for name in drafts),
+        )
 
-    def refuse_unsupported(self) -> None:
-        """Raise `UnsupportedCallError` for what would silently go wrong."""
-        refused = {
-            "prefill_chunk_size": "the prompt must be prefilled in one piece",
-            "penalty_alpha": "contrastive search is not supported",
-            "guidance_scale": "guidance prefills a second prompt, without the image",
-            "dola_layers": "DoLa reads layers that hold different rows",
-            "output_attentions": "attention is fused, its weights are never formed",
-            "custom_generate": "only transformers' own decoding methods are supported",
-            "assistant_early_exit": "self-speculation skips the layers that decide",
-        }
-        for name, reason in refused.items():
-            if self.get(name):
-                raise UnsupportedCallError(f"{name}={self.get(name)!r} cannot be used with pruning: {reason}")
-        if self.get("use_cache", True) is False:
-            raise UnsupportedCallError("use_cache=False cannot be used with pruning: decisions fall once, in prefill")
-        kind = self.get("cache_implementation")
-        if kind not in (None, "dynamic"):
-            raise UnsupportedCallError(
-                f"cache_implementation={kind!r} cannot be used with pruning: layers hold different numbers of rows; "
-                "leave it at the default"
-            )
-        if self.get("assistant_model") is self.model:
-            raise UnsupportedCallError(
-                "assistant_model is the pruned model itself, so its drafts would be pruned as well; "
-                "give another model, or prompt_lookup_num_tokens"
-            )
-        cache = self.kwargs.get("past_key_values")
-        if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
-            raise UnsupportedCallError(
-                "past_key_values must be an empty DynamicCache with pruning: a new question must not be asked of "
-                "rows that were pruned for an old one; pass the whole conversation again"
-            )
+
+def _options(model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
+    """What a call really asks for by name: its keywords, else its generation config, else the model's."""
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+
+    def option(name: str) -> Any:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        return next((getattr(config, name) for config in configs if getattr(config, name, None) is not None), None)
+
+    return option
+
+
+def refuse_unsupported(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedCallError` for what would silently go wrong."""
+    option = _options(model, kwargs)
+    for name, reason in _REFUSED.items():
+        if option(name):
+            raise UnsupportedCallError(f"{name}={option(name)!r} cannot be used with pruning: {reason}")
+    if option("use_cache") is False:
+        raise UnsupportedCallError("use_cache=False cannot be used with pruning: decisions fall once, in prefill")
+    kind = option("cache_implementation")
+    if kind not in (None, "dynamic"):
+        raise UnsupportedCallError(
+            f"cache_implementation={kind!r} cannot be used with pruning: layers hold different numbers of rows; "
+            "leave it at the default"
+        )
+    if option("assistant_model") is model:
+        raise UnsupportedCallError(
+            "assistant_model is the pruned model itself, so its drafts would be pruned as well; "
+            "give another model, or prompt_lookup_num_tokens"
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is not None and (type(cache) is not DynamicCache or cache.get_seq_length() > 0):
+        raise UnsupportedCallError(
+            "past_key_values must be an empty DynamicCache with pruning: a new question must not be asked of "
+            "rows that were pruned for an old one; pass the whole conversation again"
+        )

@@ -17,7 +17,7 @@ class Rows:
         count: rows in all.
         num_prompt: rows of the prompt; the rest are draft tokens (assisted decoding), which come last.
         visual: local indices of the visual rows, ascending.
-        positions: positions of the visual rows in the unpruned prompt, ascending.
+        positions: positions of the visual rows in the unpruned prompt, in their order.
     """
 
     def __init__(self, count: int, num_prompt: int, visual: np.ndarray, positions: np.ndarray):
@@ -33,19 +33,21 @@ class Rows:
         visual = np.flatnonzero(visual_mask)
         return cls(len(visual_mask), len(visual_mask) - num_drafts, visual, visual)
 
-    def without(self, keep: np.ndarray) -> tuple[Rows, np.ndarray]:
-        """The rows left when only the visual rows with `keep` (bool [num visual]) stay, and their local indices."""
+    def keeping(self, kept: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """The rows left when of the visual rows only `kept` go on, and which of today's rows each of them was.
+
+        `kept`: int64 indices into `visual`, each once, in the order in which they go on. Together they take the
+        places of the kept rows, from first to last.
+        """
+        places = self.visual[np.sort(kept)]
         survives = np.ones(self.count, dtype=bool)
-        survives[self.visual[~keep]] = False
-        new_index = np.cumsum(survives) - 1
-        dropped = int((~keep).sum())
-        left = Rows(
-            self.count - dropped,
-            self.num_prompt - dropped,
-            new_index[self.visual[keep]],
-            self.positions[keep],
-        )
-        return left, np.flatnonzero(survives)
+        survives[self.visual] = False
+        survives[places] = True
+        source = np.flatnonzero(survives)
+        visual = (np.cumsum(survives) - 1)[places]
+        source[visual] = self.visual[kept]
+        dropped = len(self.visual) - len(kept)
+        return Rows(self.count - dropped, self.num_prompt - dropped, visual, self.positions[kept]), source
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from llava.model.builder import context_length
 from llava.model.recommended import FILE_NAME
 from llava.model.stock import StockModel, StockProcessor, stock_model_type
 from llava.pruning import PruningConfig
-from llava.pruning.adapters import adapter_for
+from llava.pruning.families import adapter_for
 from llava.pruning.geometry import PatchGrid, Size
 from llava.serve.chat import Checkpoint, LoadOptions, Picture, Prompt, Turn
 from llava.utils import UserError

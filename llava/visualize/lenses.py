@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llava.pruning.adapters import adapter_for
+from llava.pruning.families import adapter_for
 
 from .record import Recording, RowRecord
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from llava.pruning import PruningConfig, PruningTrace, prune
 from llava.pruning.flops import savings
-from llava.pruning.policy import PolicyFactory
 from llava.serve.chat import ChatModel, GenerationOptions, Picture, Turn
 from llava.utils import UserError
 
@@ -27,7 +26,7 @@ class Observation:
         picture: what was asked about.
         question: what was asked.
         answer: what the model said.
-        config: pruning config of the run; None: dense, or another policy.
+        config: pruning config of the run; None: dense.
         trace: what was decided.
         savings: fraction of the dense prefill's FLOPs that was saved, by convention (`llava.pruning.flops`).
         recording: the rows that were recorded.
@@ -72,7 +71,6 @@ def observe(
     question: str,
     config: Any = None,
     *,
-    policy: PolicyFactory | None = None,
     rows: Iterable[int] = (),
     max_new_tokens: int = 32,
 ) -> Observation:
@@ -83,7 +81,6 @@ def observe(
         picture: a path, a URL, a `PIL.Image.Image`, or a prepared `Picture`.
         question: the text; the picture is put before it.
         config: pruning config in any form `PruningConfig.from_any` takes; None: dense.
-        policy: instead of `config`, another pruning method (`llava.pruning.prune`).
         rows: further rows of the prompt to record; negative ones count from its end.
         max_new_tokens: longest answer in tokens.
 
@@ -101,7 +98,7 @@ def observe(
     # Row N - 1 + k predicts token k.
     watched = [*rows, *range(prompt.num_rows - 1, prompt.num_rows - 1 + max_new_tokens)]
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    with prune(chat.model, checked, policy=policy) as run, record(chat.model, is_visual, watched) as recording:
+    with prune(chat.model, checked) as run, record(chat.model, is_visual, watched) as recording:
         answer = chat.answer(prompt, None, options)
 
     def pieces(ids: Iterable[int]) -> list[str]:

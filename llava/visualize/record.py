@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.pruning.adapters import adapter_for
-from llava.pruning.passes import Prefill
-from llava.pruning.policy import Reading
-from llava.pruning.probe import measure_visual_shares
+from llava.pruning.families import adapter_for
+from llava.pruning.method import Read
+from llava.pruning.prefill import Prefill
+from llava.pruning.shares import measure_visual_shares
 from llava.utils import UserError
 
 
@@ -38,7 +38,7 @@ class RowRecord:
         values: float32 [L, kv_heads, head_dim], the row's own value vectors.
         output: float32 [L, heads, head_dim], attention output before the output projection.
         image_output: the part of `output` that came from visual rows, the same shape.
-        cosine, norm: float32 [L, visual rows], the probe's measures (`llava.pruning.probe`) of each visual row's
+        cosine, norm: float32 [L, visual rows], the probe's measures (`llava.pruning.shares`) of each visual row's
             share in `output`; NaN where there is no such row or the image is not freely read.
     """
 
@@ -274,7 +274,7 @@ class _Recorder:
         visual = np.zeros(len(held), dtype=bool)
         visual[in_prompt] = recording.is_visual[held[in_prompt]]
         visual_rows = np.searchsorted(recording.visual_positions, held[visual])
-        reading = _reading(layer, kwargs) if self.is_prefill and visual.any() else Reading.ALL
+        reading = _reading(layer, kwargs) if self.is_prefill and visual.any() else Read.ALL
 
         for index, position in asked:
             row = self._start(position, query.shape[1], keys.shape[1], head_dim)
@@ -289,7 +289,7 @@ class _Recorder:
             row.values[layer] = _host(own_values[0, :, index])
             row.output[layer] = _host(output)
             row.image_output[layer] = _host(torch.einsum("hk,hkd->hd", weights * is_read, shares))
-            if reading is Reading.ALL and visual[:seen].any():
+            if reading is Read.ALL and visual[:seen].any():
                 measured = measure_visual_shares(
                     query[0, :, index],
                     keys[0, :, :seen],
@@ -302,7 +302,7 @@ class _Recorder:
                 row.cosine[layer, ahead], row.norm[layer, ahead] = _host(measured.cosine), _host(measured.norm)
 
 
-def as_read(weights: torch.Tensor, visual: torch.Tensor, reading: Reading, num_visual: int) -> torch.Tensor:
+def as_read(weights: torch.Tensor, visual: torch.Tensor, reading: Read, num_visual: int) -> torch.Tensor:
     """One row's attention weights, [heads, keys], after a stage took its share (paper, shallow stage).
 
     Args:
@@ -311,18 +311,18 @@ def as_read(weights: torch.Tensor, visual: torch.Tensor, reading: Reading, num_v
         reading: what the stage lets rows read.
         num_visual: visual rows of the whole prompt.
     """
-    if reading is Reading.ALL or not visual.any():
+    if reading is Read.ALL or not visual.any():
         return weights
     row_is_visual = bool(visual[-1])
     hidden = visual
     if row_is_visual:
-        if reading is Reading.NO_IMAGE:
+        if reading is Read.NO_IMAGE:
             return weights
-    elif reading is Reading.HALF_SINK:
+    elif reading is Read.HALF_SINK:
         hidden = visual.clone()
         hidden[visual.nonzero()[num_visual // 2 :, 0]] = False
     kept = weights.masked_fill(hidden, 0)
-    if reading is Reading.FIRST_SINK and not row_is_visual:
+    if reading is Read.FIRST_SINK and not row_is_visual:
         kept[:, visual.nonzero()[0, 0]] = weights[:, visual].sum(dim=-1)
     return kept
 
@@ -332,10 +332,10 @@ def _before_rotation(attention: Any, name: str) -> nn.Module:
     return getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
 
 
-def _reading(layer: int, kwargs: dict[str, Any]) -> Reading:
+def _reading(layer: int, kwargs: dict[str, Any]) -> Read:
     """What a prune block lets this prompt read in `layer`."""
     state = kwargs.get("forward_state")
-    return Reading.ALL if state is None else state.samples[0].policy.reading(layer)
+    return Read.ALL if not isinstance(state, Prefill) else state.samples[0].treatments[layer].read
 
 
 def _weights(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

@@ -22,9 +22,8 @@ from llava.constants import SHIPPED_MODEL_PATH
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningTrace, prune
-from llava.pruning.baselines import keep_at_layer
+from llava.pruning.methods import FastV, Random
 from llava.pruning.flops import DecoderShape, savings
-from llava.pruning.policy import PolicyFactory
 
 from .data import NEWLINE, SIDE_BY_SIDE, Encoder, easy_batches, held_out_batch, phrase
 from .easyvqa import easy_by_image, easy_picture
@@ -79,11 +78,10 @@ class Shipped:
     def answer(
         self,
         samples: Sequence[Sample],
-        config: dict[str, Any] | None = None,
-        policy: PolicyFactory | None = None,
+        config: dict[str, Any] | Method | None = None,
         batch: int = 32,
     ) -> tuple[list[str], list[PruningTrace]]:
-        """Greedy answers and traces, in the samples' order; dense if neither config nor policy is given."""
+        """Greedy answers and traces, in the samples' order; dense without a config."""
         ids = [tokenizer_image_token(prompt(sample.question), self.tokenizer) for sample in samples]
         order = sorted(range(len(samples)), key=lambda k: len(ids[k]))
         answers: list[str] = [""] * len(samples)
@@ -97,7 +95,7 @@ class Shipped:
                 rows[row, longest - len(ids[k]) :] = torch.tensor(ids[k])
                 mask[row, longest - len(ids[k]) :] = 1
             images = process_images([samples[k].picture for k in chosen], self.processor, self.model.config)
-            with prune(self.model, config, policy=policy) as run:
+            with prune(self.model, config) as run:
                 new = self.model.generate(
                     rows, images=images, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER_TOKENS
                 )
@@ -222,9 +220,9 @@ def accuracy_report(path: Path, pictures: int = 640, pruned_pictures: int = 150)
     }
     if pruned["mean_kept"]:
         layer, kept = round(pruned["mean_select_layer"]), round(pruned["mean_kept"])
-        for way in ("random", "attention"):
+        for way, method in (("random", Random(kept, layer + 1)), ("attention", FastV(layer + 1, kept))):
             report["same_questions"][f"{way}, {kept} kept after layer {layer}"] = pruned_figures(
-                shipped, samples, policy=keep_at_layer(layer, kept, way)
+                shipped, samples, config=method
             )
     return report
 

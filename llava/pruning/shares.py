@@ -7,34 +7,23 @@ visual token i has in it, the method asks two things of every i: how far the out
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 
-class ProbeTensors(NamedTuple):
-    """The probe's measures on the device; each float32 [num_visual], in row order."""
+class Shares(NamedTuple):
+    """Each float32 [num_visual], in row order, on the device.
+
+    Attributes:
+        cosine: `cos(o - c_i, o)`.
+        norm: `||c_i||_2`.
+        attention: weight of the last row on visual row i, mean over heads.
+    """
 
     cosine: torch.Tensor
     norm: torch.Tensor
     attention: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The probe's measures on the host, one entry for each visual row that is still there, in row order.
-
-    Attributes:
-        cosine: `cos(o - c_i, o)`, float32 [num_visual].
-        norm: `||c_i||_2`, float32 [num_visual].
-        attention: weight of the last row on visual row i, mean over heads, float32 [num_visual].
-    """
-
-    cosine: np.ndarray
-    norm: np.ndarray
-    attention: np.ndarray
 
 
 def measure_visual_shares(
@@ -44,7 +33,7 @@ def measure_visual_shares(
     output: torch.Tensor,
     visual: torch.Tensor | slice,
     scale: float,
-) -> ProbeTensors:
+) -> Shares:
     """Every visual row's share of the last row's attention output, without forming a single share.
 
     Closed form: `o·c_i = Σ_h w_hi (o_h·v_hi)`, `||c_i||² = Σ_h w_hi² ||v_hi||²` and
@@ -73,4 +62,4 @@ def measure_visual_shares(
     output_squared = output.square().sum()
     rest_squared = (output_squared - 2 * dot + share_squared).clamp_min(torch.finfo(torch.float32).tiny)
     cosine = (output_squared - dot) / (output_squared.sqrt() * rest_squared.sqrt())
-    return ProbeTensors(cosine, share_squared.sqrt(), weights.mean((0, 1)))
+    return Shares(cosine, share_squared.sqrt(), weights.mean((0, 1)))

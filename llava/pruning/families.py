@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from . import geometry
-from .config import PruningConfig, PruningConfigError
 from .errors import UnsupportedCallError, UnsupportedModelError
 
 
@@ -34,14 +33,16 @@ class Family:
         flat_pixels: whether `pixel_values` are those of all prompts one behind the other, so that nothing but the
             placeholders says which prompt an entry belongs to.
         layout: where in a picture its rows look; None: not known.
+        tower: given the model, the layer of its CLIP tower whose output the projector reads; None: no such tower.
     """
 
     visual_token_keys: tuple[str, ...] = ()
-    first_layer: Callable[[Any], int] = lambda config: 1
+    first_layer: Callable[[Any], int] = lambda config: 0
     row_kwargs: tuple[str, ...] = ()
     images: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
     flat_pixels: bool = False
     layout: geometry.Layout | None = None
+    tower: Callable[[Any], Any] | None = None
 
 
 def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
@@ -51,7 +52,7 @@ def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
 
 def _behind_deepstack(config: Any) -> int:
     """Deepstack adds a visual feature to every visual row behind each of the first layers."""
-    return max(1, len(config.vision_config.deepstack_visual_indexes))
+    return len(config.vision_config.deepstack_visual_indexes)
 
 
 _IMAGE = ("image_token_id",)
@@ -153,23 +154,6 @@ class Adapter:
                 parts.append(uncompiled)
         return parts
 
-    def validate(self, config: PruningConfig) -> None:
-        """Refuse a config that could drop rows too early.
-
-        Raises:
-            PruningConfigError: with the smallest value that this model takes.
-        """
-        # A selection happens behind layer shallow_mid_layer + 1 at the earliest.
-        key, earliest = ("shallow_mid_layer", 2) if config.middle else ("mid_deep_layer", 0)
-        if not config.middle and not config.deep:
-            return
-        value = getattr(config, key)
-        if value + earliest < self.first_layer:
-            raise PruningConfigError(
-                f"pruning config: {key!r} is {value}; it must be at least {self.first_layer - earliest} for this "
-                f"model, whose image features join up to layer {self.first_layer - 1}"
-            )
-
     def patch_grids(
         self, image_processor: Any, inputs: Mapping[str, Any], sizes: Sequence[geometry.Size], num_visual: int
     ) -> list[list[geometry.PatchGrid]] | None:
@@ -220,6 +204,20 @@ class Adapter:
                     f"transformers {transformers.__version__} gives the copies each other's pictures; "
                     "use a newer transformers, or one copy and one beam"
                 )
+
+    def tower_layer(self, method: str) -> Any:
+        """The vision tower's layer that the language model reads, for the method of that name.
+
+        Raises:
+            UnsupportedModelError: a tower without class token.
+        """
+        found = self.family.tower(self.model) if self.family.tower is not None else None
+        if found is None:
+            raise UnsupportedModelError(
+                f"method {method!r} needs a vision tower with a class token (CLIP), which this "
+                f"{self.model.config.model_type!r} model has not; choose a method that looks at rows alone"
+            )
+        return found
 
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Which of `input_ids` (int64 [batch, rows]) are visual, bool; None if ids cannot tell."""

@@ -1,0 +1,512 @@
+"""`prune(model, config)`: puts a method on transformers' own decoders and takes it off again.
+
+Nothing of the model is replaced. For the time of a `with` block hooks stand at the decoder and its layers:
+
+- The decoder's pre-hook tells a prefill from a decoding step and learns which rows are visual.
+- A layer's pre-hook hands it the surviving rows of all samples, packed one behind the other without padding,
+  with their original position embeddings, and drops rows where a decision fell in the layer before.
+- The registered attention function attends sample by sample.
+- Where a method freezes visual rows, hooks at the query and output projections and the MLP leave them out.
+- The last layer's hook gives the rows back as a left-padded batch, so that row -1 is each prompt's last.
+
+Decoding steps keep transformers' own layout (one row a sample) and read each layer's ragged cache.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache
+
+from .cache import CacheLease, RaggedLayer, make_ragged
+from .decode import Decoding
+from .errors import UnsupportedCallError
+from .families import Adapter, adapter_for
+from .flops import note_dense
+from .generation import Generation, refuse_unsupported
+from .method import BEFORE_DECODER, Method, Treatment
+from .prefill import Prefill, Sample
+from .rows import Rows
+from .tower import TowerWatch
+from .trace import PruningTrace
+
+ATTENTION_NAME = "visual_token_pruning"
+
+Config = Method | Mapping[str, Any] | str | None
+"""A pruning config in any form that `Method.from_any` reads."""
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    forward_state: Prefill | Decoding | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that stands in while a `prune` block is open (transformers' interface)."""
+    if forward_state is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was called past the pruning hooks; call the model itself, not its sub-modules"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return forward_state.attend(module.layer_idx, query, key, value, scale), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Causality and padding are in the packed layout; no mask is ever built."""
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+@dataclass(frozen=True)
+class _ModelCall:
+    """What one forward of the whole model says of the decoder's call inside it.
+
+    Attributes:
+        visual: bool [batch, rows] from placeholder ids; None where ids cannot tell.
+        num_images: how many images there are, where all have equally many rows; None: not known.
+        head_rows: rows that go through the output head; 0: all.
+    """
+
+    visual: torch.Tensor | None = None
+    num_images: int | None = None
+    head_rows: int = 1
+
+
+class PruningRun:
+    """What `prune` gives: `traces` of the last prefill, one a prompt, in batch order."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        methods: Sequence[Method | None],
+        visual_mask: torch.Tensor | None,
+        lock: Any,
+    ):
+        self.traces: list[PruningTrace] = []
+        self._adapter = adapter
+        self._methods = methods  # one for all prompts, or one a prompt; None: dense
+        # Where nothing prunes, the model's own kernels run and only traces are kept.
+        self._prunes = any(method is not None for method in methods)
+        self._treatments = [
+            [method.treatment(layer) if method else Treatment() for layer in range(len(adapter.layers))]
+            for method in methods
+        ]
+        self._looks = [
+            frozenset(layer for layer in range(BEFORE_DECODER, len(adapter.layers)) if method and method.looks(layer))
+            for method in methods
+        ]
+        watching = [method.name for method in methods if method is not None and method.needs_tower]
+        self._tower = TowerWatch(adapter.tower_layer(watching[0])) if watching else None
+        self._visual_mask = visual_mask
+        self._lock = lock
+        self._generation = Generation()
+        self._call = _ModelCall()
+        self._forward: tuple[Prefill | Decoding | None, int] | None = None  # the one in progress, and its thread
+        self._leases: weakref.WeakSet[CacheLease] = weakref.WeakSet()
+        self._undo: list[Callable[[], None]] = []
+
+    def __repr__(self) -> str:
+        what = ", ".join(str(method.to_dict() if method else "dense") for method in self._methods)
+        return f"PruningRun({type(self._adapter.model).__name__}, {what}, {len(self.traces)} traces)"
+
+    # -- on and off the model ------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        model: Any = self._adapter.model
+        decoder = self._adapter.decoder
+        on = self._undo.append
+        on(model.register_forward_pre_hook(self._before_model, with_kwargs=True).remove)
+        on(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True).remove)
+        on(decoder.register_forward_hook(self._after_decoder, always_call=True).remove)
+        if self._prunes:
+            self._install_on_layers(on)
+        if self._tower is not None:
+            on(self._tower.install())
+        plain_generate = model.generate
+        shadowed = "generate" in vars(model)
+        model.generate = self._generate(plain_generate)
+        on(lambda: setattr(model, "generate", plain_generate) if shadowed else delattr(model, "generate"))
+
+    def _install_on_layers(self, on: Callable[[Callable[[], None]], None]) -> None:
+        layers = self._adapter.layers
+        for number, layer in enumerate(layers):
+            on(layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True).remove)
+            if not all(treatments[number].update for treatments in self._treatments):
+                for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
+                    on(part.register_forward_pre_hook(self._leave_frozen_out).remove)
+                    on(part.register_forward_hook(self._give_frozen_zeros).remove)
+        on(layers[-1].register_forward_hook(self._after_last_layer).remove)
+        for config in self._adapter.attention_configs:
+            on(partial(setattr, config, "_attn_implementation", config._attn_implementation))
+            config._attn_implementation = ATTENTION_NAME
+        # Compiled code may have been traced without the hooks, and row counts change from prompt to prompt.
+        for part, name, eager in self._adapter.compiled_parts():
+            on(partial(setattr, part, name, getattr(part, name)))
+            setattr(part, name, eager)
+
+    def uninstall(self) -> None:
+        """Take everything off. The caches this run filled may be read, but not be continued."""
+        while self._undo:
+            self._undo.pop()()
+        self._forward = None
+        for lease in self._leases:
+            lease.active = False
+
+    # -- around the model ----------------------------------------------------------------------------------------
+
+    def _generate(self, plain_generate: Callable) -> Callable:
+        model = self._adapter.model
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            generation = Generation.of(model, kwargs)
+            if self._prunes:
+                refuse_unsupported(model, kwargs)
+                given = {"input_ids": args[0], **kwargs} if args else {"input_ids": kwargs.get("inputs"), **kwargs}
+                self._adapter.refuse_wrong_copies(generation.copies, given)
+            with self._lock:  # another thread may generate inside the same block
+                self._generation = generation
+                try:
+                    return plain_generate(*args, **kwargs)
+                finally:
+                    self._generation = Generation()
+
+        return generate
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        visual = None
+        if input_ids is not None and input_ids.shape[1] > 0 and kwargs.get("inputs_embeds") is None:
+            visual = self._adapter.visual_mask(input_ids)
+        head_rows = kwargs.get("logits_to_keep", 0)
+        if not isinstance(head_rows, int):
+            head_rows = len(head_rows)
+        self._call = _ModelCall(visual, self._adapter.family.images(kwargs), head_rows)
+        if self._prunes and kwargs.get("output_attentions"):
+            raise UnsupportedCallError("output_attentions is not available with pruning: attention is fused")
+        if self._prunes and kwargs.get("labels") is not None:
+            raise UnsupportedCallError("labels cannot be given with pruning: rows they belong to may be gone")
+
+    # -- around the decoder --------------------------------------------------------------------------------------
+
+    def _before_decoder(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if self._forward is not None and self._forward[1] != threading.get_ident():
+            raise RuntimeError("another call is running on this model under pruning; wait for it to end")
+        call, self._call = self._call, _ModelCall()
+        own_mask = kwargs.pop("visual_mask", None)
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        entering = embeds if embeds is not None else ids
+        assert entering is not None
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            state = self._resume(cache, kwargs, entering.shape[1]) if self._prunes else None
+        else:
+            given = next((mask for mask in (own_mask, self._visual_mask, call.visual) if mask is not None), None)
+            visual = self._visual_rows(given, embeds is not None, *entering.shape[:2])
+            state = self._begin(visual, call, kwargs, entering)
+        self._forward = state, threading.get_ident()
+        return args, kwargs
+
+    def _visual_rows(self, mask: Any, has_embeds: bool, batch: int, width: int) -> np.ndarray:
+        """Which rows of the batch are visual, bool [batch, width], on the host.
+
+        `mask`: what says so: an own model's splice, else the block's `visual_mask`, else the ids' placeholders.
+        """
+        visual = np.zeros((batch, width), dtype=bool)
+        if mask is None:
+            if has_embeds and self._prunes:
+                raise UnsupportedCallError(
+                    "inputs_embeds was given without visual_mask: say which rows are visual (bool [batch, rows])"
+                )
+            return visual
+        generation = self._generation
+        mask = torch.as_tensor(mask)
+        if mask.shape[0] != batch and batch == mask.shape[0] * generation.copies:
+            mask = mask.repeat_interleave(generation.copies, dim=0)
+        if mask.shape[0] != batch or mask.shape[1] > width or (mask.shape[1] < width and not generation.is_assisted):
+            raise UnsupportedCallError(
+                f"visual_mask has shape {tuple(mask.shape)}; the inputs have {batch} samples of {width} rows"
+            )
+        visual[:, : mask.shape[1]] = mask.cpu().numpy()
+        return visual
+
+    def _begin(
+        self, visual: np.ndarray, call: _ModelCall, kwargs: dict[str, Any], entering: torch.Tensor
+    ) -> Prefill | None:
+        """Set up a prefill. None for a dense one, which needs no more than its traces."""
+        batch, width = visual.shape
+        padding = _padding(kwargs.get("attention_mask"), batch, width)
+        num_drafts = call.head_rows - 1 if self._generation.is_assisted and call.head_rows else 0
+        copies = self._generation.copies
+        if len(self._methods) not in (1, batch // copies):
+            raise UnsupportedCallError(f"{len(self._methods)} pruning configs were given for {batch // copies} prompts")
+        # Without a count, a stretch of visual rows is one image.
+        rows_per_image = int(visual.sum()) // call.num_images if call.num_images else 0
+        samples: list[Sample] = []
+        for number, (mask, pad) in enumerate(zip(visual, padding, strict=True)):
+            which = number // copies if len(self._methods) > 1 else 0
+            samples.append(self._sample(Rows.of_prompt(mask[pad:], num_drafts), which, rows_per_image, call))
+            samples[-1].original = samples[number - number % copies] if number % copies else None
+        self.traces = [sample.trace for sample in samples[::copies]]
+        if not self._prunes:
+            heads = self._adapter.decoder.config.num_attention_heads
+            for trace in self.traces:
+                note_dense(trace, len(self._adapter.layers), heads)
+            return None
+        state = Prefill(
+            samples,
+            padding,
+            self._ragged_cache(kwargs, entering, samples),
+            self._adapter.layers,
+            self._adapter.first_layer,
+            self._adapter.decoder.rotary_emb,
+        )
+        if self._tower is not None:
+            spans = [len(sample.trace.image_spans) for sample in samples]
+            for sample, pictures in zip(samples, self._tower.take(spans), strict=True):
+                sample.pictures = pictures
+        for name in self._adapter.family.row_kwargs:
+            if kwargs.get(name) is not None:
+                kwargs[name] = state.pack(kwargs[name])
+        return state
+
+    def _sample(self, rows: Rows, which: int, rows_per_image: int, call: _ModelCall) -> Sample:
+        """One prompt under method number `which`; one that nothing can be pruned in is dense."""
+        method, num_layers = self._methods[which], len(self._adapter.layers)
+        if method is not None and len(rows.visual) and rows.visual[-1] == rows.num_prompt - 1:
+            warnings.warn(
+                "a prompt ends in a visual row, so nothing after the image can ask for it: it runs dense; "
+                "put text after the image",
+                stacklevel=2,
+            )
+            method = None
+        trace = PruningTrace(
+            num_rows=rows.num_prompt,
+            visual_positions=rows.positions.tolist(),
+            image_spans=[
+                (start, min(start + (rows_per_image or stop - first), stop))
+                for first, stop in rows.runs
+                for start in range(first, stop, rows_per_image or stop - first)
+            ],
+            score_pairs=[0] * num_layers,
+            value_pairs=[0] * num_layers,
+            lm_head_rows=call.head_rows,
+        )
+        if method is None or not len(rows.visual):
+            return Sample(rows, None, [Treatment()] * num_layers, frozenset(), trace)
+        return Sample(rows, method, self._treatments[which], self._looks[which], trace)
+
+    def _ragged_cache(
+        self, kwargs: dict[str, Any], entering: torch.Tensor, samples: Sequence[Sample]
+    ) -> DynamicCache | None:
+        """The call's cache, or a new one, made ready for layers of different lengths; None without a cache."""
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if cache is None:
+            if not (self._adapter.decoder.config.use_cache if use_cache is None else use_cache):
+                return None
+            cache = kwargs["past_key_values"] = DynamicCache()
+        if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+            raise UnsupportedCallError(
+                f"past_key_values is a {type(cache).__name__}{' with offloading' * (type(cache) is DynamicCache)}; "
+                "pruning needs an empty DynamicCache: layers hold different numbers of rows"
+            )
+        lease = make_ragged(cache, len(self._adapter.layers))
+        self._leases.add(lease)
+        lease.renumbered = [sample.method is not None and sample.method.renumbers for sample in samples]
+        lease.note_positions(kwargs.get("position_ids"), entering.shape[1], entering.device)
+        return cache
+
+    def _resume(self, cache: DynamicCache, kwargs: dict[str, Any], width: int) -> Decoding:
+        """Set up a decoding step."""
+        if not all(isinstance(layer, RaggedLayer) and layer.lease in self._leases for layer in cache.layers):
+            raise UnsupportedCallError(
+                "past_key_values was filled outside this prune block; prefill the whole prompt inside it"
+            )
+        lease = cache.layers[0].lease  # type: ignore[attr-defined]
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = lease.following_positions(width)
+        lease.note_positions(kwargs["position_ids"], width)
+        return Decoding(cache, self._adapter.decoder.rotary_emb)
+
+    def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        state = self._forward[0] if self._forward is not None else None
+        self._forward = None
+        for trace in self.traces if isinstance(state, Prefill) or not self._prunes else []:
+            trace.lm_head_rows = min(trace.lm_head_rows or trace.num_rows, (trace.rows_per_layer or [0])[-1])
+        hidden_states = getattr(output, "hidden_states", None)
+        if hidden_states is None or not isinstance(state, Prefill) or len(state.samples) == 1:
+            return output
+        # Entry 0 is the input of layer 0, entry i + 1 what layer i gave. The last is already unpacked: transformers
+        # puts the normed final state there.
+        counts = [state.counts_per_layer[0], *state.counts_per_layer]
+        output.hidden_states = tuple(
+            entry if entry is None or entry.shape[0] == len(state.samples) else state.unpack(entry, counts[number])
+            for number, entry in enumerate(hidden_states)
+        )
+        return output
+
+    # -- around the layers ---------------------------------------------------------------------------------------
+
+    def _before_layer(
+        self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        if self._forward is None or self._forward[0] is None or self._forward[1] != threading.get_ident():
+            raise RuntimeError("a decoder layer was called while pruning is on, but not through its decoder")
+        state = self._forward[0]
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        kwargs["forward_state"] = state
+        return (state.enter_layer(number, hidden, kwargs), *rest), kwargs
+
+    def _updated(self) -> torch.Tensor | None:
+        return None if self._forward is None or self._forward[0] is None else self._forward[0].updated
+
+    def _leave_frozen_out(self, module: nn.Module, args: tuple) -> Any:
+        updated = self._updated()
+        return None if updated is None else (args[0][:, updated], *args[1:])
+
+    def _give_frozen_zeros(self, module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
+        """A frozen row's query is never read, and its attention and MLP add 0 to its state."""
+        updated = self._updated()
+        if updated is None:
+            return None
+        state = self._forward[0] if self._forward else None
+        assert isinstance(state, Prefill)
+        whole = output.new_zeros(output.shape[0], sum(state.counts), output.shape[-1])
+        return whole.index_copy(1, updated, output)
+
+    def _after_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._forward is None or self._forward[0] is None:
+            return output
+        state, last = self._forward[0], len(self._adapter.layers) - 1
+        if isinstance(output, tuple):
+            return (state.leave(last, output[0]), *output[1:])
+        return state.leave(last, output)
+
+
+def _padding(attention_mask: torch.Tensor | None, batch: int, width: int) -> list[int]:
+    """Leading padding rows of every sample."""
+    if attention_mask is None:
+        return [0] * batch
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        raise UnsupportedCallError("pruning needs a 2-D attention_mask, [batch, rows]; prepared masks are refused")
+    if tuple(attention_mask.shape) != (batch, width):
+        raise UnsupportedCallError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; the inputs have {batch} samples of "
+            f"{width} rows, image rows included"
+        )
+    valid = attention_mask.cpu().numpy().astype(bool)
+    padding = valid.argmax(axis=1)  # the first row that counts
+    if any(not row[pad:].all() for row, pad in zip(valid, padding, strict=True)):
+        raise UnsupportedCallError(
+            "pruning needs left padding: attention_mask has a 0 behind a 1, or no 1; "
+            "set the tokenizer's padding_side to 'left'"
+        )
+    return padding.tolist()
+
+
+# -- who is pruning which model --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seat:
+    """The one place of a model where a block may sit.
+
+    Attributes:
+        lock: held while a block is put on or taken off, and during every `generate` of this project's own classes.
+        run: the open block, and the thread that opened it.
+    """
+
+    lock: Any = field(default_factory=threading.RLock)
+    run: tuple[PruningRun, int] | None = None
+
+
+_seats: weakref.WeakKeyDictionary[nn.Module, _Seat] = weakref.WeakKeyDictionary()
+
+
+def call_lock(model: nn.Module) -> Any:
+    """The lock under which calls that put pruning on a model run, one at a time. Re-entrant."""
+    return _seat_of(adapter_for(model).decoder).lock
+
+
+def _seat_of(decoder: nn.Module) -> _Seat:
+    return _seats.setdefault(decoder, _Seat())
+
+
+def _method_for(adapter: Adapter, config: Config) -> Method | None:
+    """A config as the method that prunes this model; None where it prunes nothing."""
+    method: Method | None = Method.from_any(config)
+    if method is None:
+        return None
+    num_layers = len(adapter.layers)
+    method = method.validate_for(num_layers, adapter.first_layer).bind(num_layers, adapter.model.config._name_or_path)
+    return None if method.is_dense else method
+
+
+@contextmanager
+def prune(
+    model: nn.Module,
+    config: Config | Sequence[Config] = None,
+    *,
+    visual_mask: torch.Tensor | None = None,
+) -> Iterator[PruningRun]:
+    """Prune visual tokens in every call of `model` inside the block.
+
+    Args:
+        model: a transformers vision-language model of `supported_models()`, or this project's own; PEFT and
+            `torch.compile` wrappers are looked through. A compiled decoder runs uncompiled inside the block.
+        config: a method (`PruningConfig`, or any of `llava.pruning.methods`), a mapping, a JSON string or `"@file"`.
+            None, or an empty `mode`, is dense: the model's own kernels run untouched, and only traces are kept.
+            A list of these has one for each prompt of a batch.
+        visual_mask: bool [batch, rows], for calls with `inputs_embeds`, where ids cannot tell which rows are
+            visual. Padding is part of the rows.
+
+    Yields:
+        The run; its `traces` are those of the last prefill, one a prompt, in batch order.
+
+    Leaving a block, also through an exception, leaves nothing on the model. A model has one block at a time.
+
+    Raises:
+        PruningConfigError, UnsupportedModelError: before anything is changed.
+        UnsupportedCallError: from inside, for a call that cannot be pruned.
+        RuntimeError: a block is open on this model.
+    """
+    adapter = adapter_for(model)
+    methods = [_method_for(adapter, each) for each in (config if isinstance(config, list | tuple) else [config])]
+    seat = _seat_of(adapter.decoder)
+    run = PruningRun(adapter, methods, visual_mask, seat.lock)
+    with seat.lock:
+        if seat.run is not None:
+            here = seat.run[1] == threading.get_ident()
+            raise RuntimeError(
+                f"{'a' if here else 'another thread has a'} prune block {'is ' if here else ''}open on this model: "
+                f"{seat.run[0]}; leave it first"
+            )
+        seat.run = run, threading.get_ident()
+        try:
+            run.install()
+        except BaseException:
+            run.uninstall()
+            seat.run = None
+            raise
+    try:
+        yield run
+    finally:
+        with seat.lock:
+            run.uninstall()
+            seat.run = None

@@ -1,0 +1,378 @@
+"""What a pruning method is: knobs that JSON can name, what it looks at, and what it decides.
+
+A method is a frozen dataclass whose fields are its knobs; `methods/` has one a file. The engine (`prefill.py`) asks
+it, in this order, and owns everything that no method may get wrong: text rows never leave, every prompt of a batch
+decides alone, nothing is decided while decoding.
+
+1. `treatment(layer)` and `looks(layer)`: what happens to the image inside a layer, and whether the method looks at
+   what stands behind it. Known before any prompt is.
+2. `measure(view)`: between two layers, what of the rows it wants to know. Stays on the device.
+3. `decide(layer, measured, trace)`: with those numbers on the host, which visual rows go on. What was decided before
+   is in the trace, so that a method needs no memory of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from llava.utils import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+    from .trace import PruningTrace
+    from .view import View
+
+BEFORE_DECODER = -1
+"""The `layer` of a view or decision at the decoder's input."""
+
+
+class PruningConfigError(UserError):
+    """A pruning configuration that cannot be used. Names the key, the value and the allowed range."""
+
+
+class Read(Enum):
+    """What the rows of a prompt may read of the image in one layer, during prefill.
+
+    Attention weights are set to zero after the softmax and not renormalised: the mass that went to the image
+    is lost (arXiv 2510.17205, shallow stage).
+    """
+
+    ALL = "all"
+    """Ordinary causal attention."""
+    NO_IMAGE = "no image"
+    """Text rows put weight 0 on every visual row. Visual rows and the prefix are untouched."""
+    FIRST_SINK = "first sink"
+    """All a text row gives to the image goes to the first visual row; visual rows read no visual row."""
+    HALF_SINK = "half sink"
+    """Text rows put weight 0 on the first half of the visual rows; visual rows read no visual row."""
+
+    def visible(self, num_visual: int) -> int:
+        """Of `num_visual` visual rows, how many have values that text rows read."""
+        hidden = {
+            Read.ALL: 0,
+            Read.NO_IMAGE: num_visual,
+            Read.FIRST_SINK: num_visual - 1,
+            Read.HALF_SINK: num_visual // 2,
+        }
+        return num_visual - hidden[self]
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What one layer does with the image.
+
+    Attributes:
+        read: what text may read of it.
+        update: False: visual rows give keys and values only. Their queries, output projection and MLP are not
+            computed; their states go on unchanged.
+    """
+
+    read: Read = Read.ALL
+    update: bool = True
+
+
+class Cause(Enum):
+    """Why visual rows leave."""
+
+    SELECTION = "selection"
+    """Some were chosen to stay."""
+    EXIT = "exit"
+    """All that are left go."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which visual rows go on, valid from the next layer's input.
+
+    Attributes:
+        rows: int64 indices into the visual rows that are still there, in the order in which they go on; a bool mask
+            over them is taken too. They take the places of the kept rows, from first to last.
+        merge: states `[visual rows still there, hidden_size]` → states `[len(rows), hidden_size]` of those that go
+            on, in the order of `rows`; None: they keep their own. Runs on the device.
+        groups: for a kept row that stands for others after `merge`, index → the indices it stands for.
+        cause: `SELECTION` chose among visual rows, `EXIT` lets all that are left go.
+    """
+
+    rows: np.ndarray
+    merge: Callable[[torch.Tensor], torch.Tensor] | None = None
+    groups: Mapping[int, np.ndarray] | None = None
+    cause: Cause = Cause.SELECTION
+
+    def __post_init__(self) -> None:
+        rows = np.asarray(self.rows)
+        object.__setattr__(self, "rows", np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64))
+
+
+LEAVE = Keep(np.empty(0, dtype=np.int64), cause=Cause.EXIT)
+"""All visual rows leave."""
+
+
+def keep_best(scores: np.ndarray, count: int) -> Keep:
+    """Keep the `count` rows of the largest scores in row order; ties go to the lower position."""
+    return Keep(np.sort(np.argsort(-scores, kind="stable")[: max(count, 0)]))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method and its knobs. Subclasses are frozen dataclasses, registered under a name.
+
+    Attributes:
+        name: what JSON calls it, set by `register`.
+        needs_tower: whether it looks at what the vision tower made of the images (`View.pictures`).
+        renumbers: whether rows are numbered anew after each decision, so that every layer counts the rows that it
+            holds and decoded tokens follow them (what some published codes do). False: survivors keep their
+            positions, and decoding goes on at the unpruned length.
+
+    Raises:
+        PruningConfigError: a value out of range.
+    """
+
+    name: ClassVar[str] = ""
+    needs_tower: ClassVar[bool] = False
+
+    @property
+    def renumbers(self) -> bool:
+        return False
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is ever pruned, so that the model's own kernels may run untouched."""
+        return False
+
+    # -- what a method answers -----------------------------------------------------------------------------------
+
+    def treatment(self, layer: int) -> Treatment:
+        """What `layer` does with the image during prefill."""
+        return Treatment()
+
+    def looks(self, layer: int) -> bool:
+        """Whether `measure` is to be asked behind `layer` (`BEFORE_DECODER`: at the decoder's input)."""
+        return False
+
+    def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
+        """Named float32 measures `[visual rows still there]` of the rows behind `view.layer`; None: nothing."""
+        return None
+
+    def decide(self, layer: int, measured: Mapping[str, np.ndarray] | None, trace: PruningTrace) -> Keep | None:
+        """Which visual rows go on behind `layer`; None: all of them.
+
+        Args:
+            layer: the layer that has run; `BEFORE_DECODER` at the decoder's input.
+            measured: what `measure` gave, on the host.
+            trace: the prompt's trace so far; `trace.alive` are the positions of the visual rows still there.
+        """
+        return None
+
+    def validate_for(self, num_layers: int, first_layer: int = 0) -> Self:
+        """Check what depends on the model. Returns self.
+
+        Args:
+            num_layers: L, the decoder's layers.
+            first_layer: the first layer at whose input rows may be missing.
+
+        Raises:
+            PruningConfigError: with the key, the value and the allowed range.
+        """
+        return self
+
+    def bind(self, num_layers: int, model_path: str | None) -> Method:
+        """The method for one model, with every knob settled that depends on it."""
+        return self
+
+    def describe(self, trace: PruningTrace) -> str:
+        """What was done to one prompt that has visual rows, in words."""
+        kept, count, num_layers = trace.num_kept, trace.num_visual, len(trace.rows_per_layer)
+        selections = [decision for decision in trace.decisions if decision.cause is Cause.SELECTION]
+        if not trace.decisions:
+            return f"kept all {count} visual tokens"
+        if not selections:
+            return f"kept 0 of {count} visual tokens from layer {trace.exit_layer} on"
+        if trace.select_layer == num_layers - 1:
+            return f"selected at layer {trace.select_layer}, the last: nothing was left to prune"
+        layers = [decision.layer for decision in selections]
+        if layers == [BEFORE_DECODER]:
+            text = f"kept {kept} of {count} visual tokens, selected before the decoder"
+        else:
+            several = "layers" if len(layers) > 1 else "layer"
+            text = f"kept {kept} of {count} visual tokens, selected at {several} {', '.join(map(str, layers))}"
+        if trace.exit_layer is not None:
+            return f"{text}, exit at layer {trace.exit_layer}"
+        return text if kept else f"{text}, no picture from layer {layers[-1] + 1} on"
+
+    # -- JSON ----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def from_any(source: Method | Mapping[str, Any] | str | None) -> Any:
+        """Read a method and its knobs from any form users have it in.
+
+        Args:
+            source: a method, a mapping, a JSON string, `"@path"` of a JSON file, or None. The key `"method"` names
+                the method; without it, the config is VisiPruner's, as published.
+
+        Returns:
+            The method; None for None (dense).
+
+        Raises:
+            PruningConfigError: malformed JSON, an unreadable file, an unknown method, an unknown, missing or
+                out-of-range knob.
+        """
+        if source is None or isinstance(source, Method):
+            return source
+        if isinstance(source, str):
+            source = _read_json(source)
+        if not isinstance(source, Mapping):
+            raise PruningConfigError(f"pruning config: a JSON object is needed, not {source!r}")
+        knobs = dict(source)
+        return method_named(knobs.pop("method", "visipruner"))._of_knobs(knobs)
+
+    @classmethod
+    def _of_knobs(cls, knobs: dict[str, Any]) -> Self:
+        known = {field.name: field for field in fields(cls)}
+        origin = "pruning config" if cls.name == "visipruner" else f"pruning config of {cls.name!r}"
+        unknown = [key for key in knobs if key not in known]
+        if unknown:
+            raise PruningConfigError(
+                f"{origin}: unknown key {', '.join(map(repr, unknown))}; known keys are {', '.join(known) or 'none'}"
+            )
+        missing = [
+            key
+            for key, field in known.items()
+            if key not in knobs and field.default is MISSING and field.default_factory is MISSING
+        ]
+        if missing:
+            hint = cls.hint_for(missing[0])
+            raise PruningConfigError(f"{origin}: {', '.join(map(repr, missing))} missing{hint and f'; {hint}'}")
+        return cls(**knobs)
+
+    @classmethod
+    def hint_for(cls, key: str) -> str:
+        """What a knob that is missing must be, in words."""
+        return ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it would be written in JSON: keys that are None are left out."""
+        knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        named = {} if self.name == "visipruner" else {"method": self.name}
+        return {**named, **{key: value for key, value in knobs.items() if value is not None}}
+
+
+# -- registry --------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, type[Method]] = {}
+"""Every registered method by the name that JSON uses."""
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Make a method known under `name`, to JSON and to every program: `@register("mine")` above its dataclass.
+
+    Raises:
+        ValueError: another class has that name already.
+    """
+
+    def enter(method: M) -> M:
+        # A class defined anew under the same name (a notebook's cell, run again) takes the old one's place.
+        known = METHODS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+            raise ValueError(f"a pruning method named {name!r} is registered already: {known.__module__}")
+        method.name = name
+        METHODS[name] = method
+        return method
+
+    return enter
+
+
+def method_named(name: Any) -> type[Method]:
+    """The registered method of that name.
+
+    Raises:
+        PruningConfigError: there is none; the nearest name is suggested.
+    """
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    close = difflib.get_close_matches(name.lower(), METHODS, n=1) if isinstance(name, str) else []
+    suggestion = f"did you mean {close[0]!r}? " if close else ""
+    raise PruningConfigError(
+        f"pruning config: unknown method {name!r}; {suggestion}known are {', '.join(sorted(METHODS))}"
+    )
+
+
+def _read_json(text: str) -> Any:
+    origin = "pruning config"
+    if text.startswith("@"):
+        path = Path(text[1:]).expanduser()
+        origin = f"pruning config file {path}"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PruningConfigError(f"{origin}: cannot be read ({reason})") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: numbers too long, nesting too deep
+        raise PruningConfigError(f"{origin}: not valid JSON ({error}): {text[:80]!r}") from error
+
+
+# -- checks that methods share ---------------------------------------------------------------------------------------
+
+
+def check(key: str, value: Any, ok: bool, allowed: str) -> None:
+    """Raise `PruningConfigError` for a knob that is not `ok`."""
+    if not ok:
+        raise PruningConfigError(f"pruning config: {key!r} is {value!r}; it must be {allowed}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a knob is a finite number; False for NaN, infinities, and integers that no float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def is_int(value: Any, least: int) -> bool:
+    """Whether a knob is an integer of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_keep(keep: Any) -> None:
+    """`keep`: an integer from 0, a number of tokens an image, or a share in (0, 1)."""
+    ok = is_int(keep, 0) or (isinstance(keep, float) and 0 < keep < 1)
+    check("keep", keep, ok, "a number of tokens an image (an integer from 0) or a share between 0 and 1")
+
+
+def check_layer(key: str, value: int | None, num_layers: int, least: int = 1, most: int | None = None) -> None:
+    """A layer within the model: `least` … L-1, or up to `most`."""
+    most = num_layers - 1 if most is None else most
+    check(
+        key,
+        value,
+        value is None or least <= value <= most,
+        f"an integer from {least} to {most} for this model of {num_layers} layers",
+    )
+
+
+def check_first_layer(key: str, value: int, earliest: int, first_layer: int) -> None:
+    """Rows that leave at the input of layer `value + earliest` must not be missed below `first_layer`."""
+    if value + earliest < first_layer:
+        raise PruningConfigError(
+            f"pruning config: {key!r} is {value}; it must be at least {first_layer - earliest} for this "
+            f"model, whose image features join up to layer {first_layer - 1}"
+        )
+
+
+def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
+    """Rows that `keep` means for one prompt: a number an image, capped at what there is, or a share of all, rounded
+    half to even."""
+    if isinstance(keep, float):
+        return round(trace.num_visual * keep)
+    return min(keep * max(len(trace.image_spans), 1), trace.num_visual)

@@ -1,0 +1,300 @@
+"""One forward of the decoder over prompts, whose rows thin out from layer to layer.
+
+The surviving rows of all samples travel packed one behind the other, without padding, so that every linear layer sees
+exactly them. Attention looks at one sample at a time. Between two layers the method looks, decides, and rows leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache
+
+from . import varlen
+from .attention import Tally, attend_prompt
+from .cache import RaggedLayer
+from .errors import UnsupportedCallError
+from .method import BEFORE_DECODER, Cause, Keep, Method, Treatment
+from .rows import Rows
+from .tower import Picture
+from .trace import Decision, PruningTrace
+from .view import Attended, ComingLayer, View
+
+@dataclass
+class Sample:
+    """One prompt on its way through the layers.
+
+    Attributes:
+        method: decides for it; None: nothing is decided (no image in the prompt, or dense).
+        treatments: what each layer does with its image.
+        looks: layers behind which the method looks.
+        keep: what was decided behind the last layer and is not carried out yet.
+        original: for a copy of a prompt (a beam), the first of its copies. It alone is measured and decides: beams
+            take over each other's cache, so they must never differ, not even by rounding.
+    """
+
+    rows: Rows
+    method: Method | None
+    treatments: Sequence[Treatment]
+    looks: frozenset[int]
+    trace: PruningTrace
+    keep: Keep | None = None
+    attended: Attended | None = None
+    original: Sample | None = None
+    pictures: Sequence[Picture] = ()
+
+
+@dataclass
+class Prefill:
+    """The state of one forward over prompts. Lives as long as the forward.
+
+    Attributes:
+        padding: leading rows of each sample that are padding, in the unpruned batch.
+        layers: the decoder's layers.
+        first_layer: the first layer at whose input rows may be missing.
+        rotate: the decoder's rotary embedding, for rows that are numbered anew.
+        updated: local indices of the packed rows that the current layer updates, int64; None: all.
+    """
+
+    samples: list[Sample]
+    padding: list[int]
+    cache: DynamicCache | None
+    layers: Sequence[Any]
+    first_layer: int = 0
+    rotate: Callable[..., tuple[torch.Tensor, ...]] | None = None
+    position_embeddings: tuple[torch.Tensor, ...] = ()
+    position_ids: torch.Tensor | None = None
+    counts_per_layer: list[list[int]] = field(default_factory=list)
+    updated: torch.Tensor | None = None
+    _segments: varlen.Segments | None = None  # of `counts`, made when needed
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each sample in the current layer."""
+        return [sample.rows.count for sample in self.samples]
+
+    # -- between layers ------------------------------------------------------------------------------------------
+
+    def enter_layer(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """Rows for `layer`, `[1, rows of all samples, hidden_size]`; sets what goes with them in `kwargs`."""
+        if layer == 0:
+            hidden = self.pack(hidden)
+            self.position_embeddings = tuple(self.pack(part) for part in kwargs["position_embeddings"])
+            position_ids = kwargs.get("position_ids")
+            self.position_ids = self.pack(position_ids[..., None])[..., 0] if position_ids is not None else None
+        self._decide_behind(layer - 1, hidden)
+        hidden = self._carry_out(hidden)
+        kwargs["position_embeddings"] = self.position_embeddings
+        kwargs["position_ids"] = self.position_ids
+        kwargs["attention_mask"] = None
+        counts = self.counts
+        self.counts_per_layer.append(counts)
+        self.updated = self._updated_rows(layer, hidden.device)
+        for sample in self.samples:
+            sample.trace.rows_per_layer.append(sample.rows.count)
+            frozen = 0 if sample.treatments[layer].update else len(sample.rows.visual)
+            sample.trace.updated_rows_per_layer.append(sample.rows.count - frozen)
+        if self.cache is not None:
+            cast(RaggedLayer, self.cache.layers[layer]).expect_prefill(counts)
+        return hidden
+
+    def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """After the last layer: the surviving rows as a left-padded batch, `[batch, longest, hidden_size]`."""
+        self._decide_behind(layer, hidden)
+        return self.unpack(hidden, self.counts_per_layer[-1])
+
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[batch or 1, width, ...]` → `[1, rows of all samples, ...]`, without padding."""
+        if len(self.samples) == 1 and not self.padding[0]:
+            return rows
+        rows = rows.expand(len(self.samples), *rows.shape[1:])
+        return torch.cat([rows[number, pad:] for number, pad in enumerate(self.padding)])[None]
+
+    def unpack(self, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """`[1, rows of all samples, size]` → `[batch, longest, size]`, padded on the left with zeros."""
+        if len(counts) == 1:
+            return rows
+        batch = rows.new_zeros(len(counts), max(counts), *rows.shape[2:])
+        for number, part in enumerate(rows[0].split(list(counts))):
+            batch[number, max(counts) - len(part) :] = part
+        return batch
+
+    # -- decisions -----------------------------------------------------------------------------------------------
+
+    def _decide_behind(self, layer: int, hidden: torch.Tensor) -> None:
+        """Show the method what stands behind `layer`, and ask what leaves. At most one transfer to the host."""
+        measures: dict[int, dict[str, torch.Tensor]] = {}
+        start = 0
+        for number, sample in enumerate(self.samples):
+            segment, start = slice(start, start + sample.rows.count), start + sample.rows.count
+            if sample.method is None or layer not in sample.looks or not self._asks(sample):
+                continue
+            view = View(
+                layer,
+                hidden[0, segment],
+                sample.rows,
+                sample.trace,
+                sample.attended,
+                self._coming(layer + 1, segment),
+                sample.pictures if layer == BEFORE_DECODER else (),
+            )
+            if measured := sample.method.measure(view):
+                measures[number] = dict(measured)
+                at = max(layer, 0)
+                sample.trace.score_pairs[at] += view.tally.scores
+                sample.trace.value_pairs[at] += view.tally.values
+        on_host = _to_host(measures)
+        for number, sample in enumerate(self.samples):
+            sample.attended = None
+            if sample.original is not None:
+                sample.keep = sample.original.keep
+            elif self._asks(sample):
+                self._decide(sample, layer, on_host.get(number))
+
+    @staticmethod
+    def _asks(sample: Sample) -> bool:
+        """Whether a sample has a method of its own, and something left to decide about."""
+        return sample.method is not None and sample.original is None and len(sample.rows.visual) > 0
+
+    def _coming(self, layer: int, segment: slice) -> ComingLayer:
+        module = self.layers[layer] if layer < len(self.layers) else None
+        return ComingLayer(module, tuple(part[:, segment] for part in self.position_embeddings))
+
+    def _decide(self, sample: Sample, layer: int, measured: dict[str, np.ndarray] | None) -> None:
+        assert sample.method is not None
+        trace, rows = sample.trace, sample.rows
+        if measured and "cosine" in measured:
+            trace.smallest_cosine[layer] = float(measured["cosine"].min())
+        keep = sample.method.decide(layer, measured, trace)
+        if keep is None:
+            return
+        if layer + 1 < self.first_layer:
+            raise UnsupportedCallError(
+                f"the method drops rows at the input of layer {layer + 1}; this model needs every row up to layer "
+                f"{self.first_layer - 1}, where the last image features join"
+            )
+        is_last = layer + 1 == len(self.layers)
+        if is_last and keep.cause is Cause.EXIT:
+            return  # nothing runs behind it
+        positions = rows.positions
+        groups = {int(positions[row]): positions[members].tolist() for row, members in (keep.groups or {}).items()}
+        trace.decisions.append(
+            Decision(layer, keep.cause, positions[keep.rows], groups, measured or {}, before=positions)
+        )
+        if not is_last:
+            sample.keep = keep
+
+    def _carry_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Let the rows go that the samples' decisions drop, merge and number anew where they say so."""
+        if all(sample.keep is None for sample in self.samples):
+            return hidden
+        sources, merged, start = [], [], 0
+        for sample in self.samples:
+            rows, keep = sample.rows, sample.keep
+            source = np.arange(rows.count)
+            if keep is not None:
+                left, source = rows.keeping(keep.rows)
+                if keep.merge is not None:
+                    states = keep.merge(hidden[0, start : start + rows.count][rows.visual_index(hidden.device)])
+                    merged.append((sum(map(len, sources)), left, states))
+                sample.rows, sample.keep = left, None
+            sources.append(source + start)
+            start += rows.count
+        self._segments = None
+        everyone = varlen.to_device(torch.from_numpy(np.concatenate(sources)), torch.int64, hidden.device)
+        hidden = _select_rows(hidden, everyone)
+        for begin, left, states in merged:
+            hidden[0, begin : begin + left.count][left.visual_index(hidden.device)] = states.to(hidden.dtype)
+        if any(sample.method is not None and sample.method.renumbers for sample in self.samples):
+            self._number_anew(everyone, hidden)
+        else:
+            self.position_embeddings = tuple(_select_rows(part, everyone) for part in self.position_embeddings)
+            if self.position_ids is not None:
+                self.position_ids = _select_rows(self.position_ids, everyone)
+        return hidden
+
+    def _number_anew(self, survivors: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Positions 0, 1, … for the rows of every sample that renumbers; the others keep theirs."""
+        if self.position_ids is None or self.rotate is None or self.position_ids.ndim != 2:
+            raise UnsupportedCallError(
+                "this method numbers rows anew, and this model's rows have no single positions; use positions 'keep'"
+            )
+        kept = _select_rows(self.position_ids, survivors)[0].split(self.counts)
+        self.position_ids = torch.cat(
+            [
+                torch.arange(len(own), device=own.device, dtype=own.dtype)
+                if sample.method is not None and sample.method.renumbers
+                else own
+                for sample, own in zip(self.samples, kept, strict=True)
+            ]
+        )[None]
+        self.position_embeddings = tuple(self.rotate(hidden, self.position_ids))
+
+    # -- inside a layer ------------------------------------------------------------------------------------------
+
+    def _updated_rows(self, layer: int, device: torch.device) -> torch.Tensor | None:
+        """Packed indices of the rows that `layer` updates; None: all of them."""
+        if all(sample.treatments[layer].update for sample in self.samples):
+            return None
+        frozen, start = [], 0
+        for sample in self.samples:
+            if not sample.treatments[layer].update:
+                frozen.append(sample.rows.visual + start)
+            start += sample.rows.count
+        updated = np.setdiff1d(np.arange(start), np.concatenate(frozen), assume_unique=True)
+        return varlen.to_device(torch.from_numpy(updated), torch.int64, device)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attention of every sample over its own rows; all tensors `[1, heads, rows of all samples, head_dim]`.
+
+        Returns `[1, rows of all samples, heads, head_dim]`.
+        """
+        treatments = [sample.treatments[layer] for sample in self.samples]
+        together = None
+        if len(self.samples) > 1 and set(treatments) == {Treatment()} and varlen.is_usable(query):
+            if self._segments is None:
+                self._segments = varlen.Segments.of(self.counts, query.device)
+            together = varlen.attend_packed(query[0], keys[0], values[0], self._segments, scale)
+        outputs, start = [], 0
+        for sample, treatment in zip(self.samples, treatments, strict=True):
+            rows, tally = sample.rows, Tally()
+            segment = slice(start, start + rows.count)
+            start += rows.count
+            own = query[0, :, segment], keys[0, :, segment], values[0, :, segment]
+            if together is None:
+                output = attend_prompt(*own, scale, rows, treatment, tally)
+                outputs.append(output)
+            else:
+                output = together[:, segment]
+                tally.add(*own[:2])
+            sample.trace.score_pairs[layer] += tally.scores
+            sample.trace.value_pairs[layer] += tally.values
+            sample.trace.visual_rows_read.append(treatment.read.visible(len(rows.visual)))
+            if layer in sample.looks and self._asks(sample):
+                sample.attended = Attended(*own, output, scale)
+        if together is not None:
+            return together.transpose(0, 1)[None]
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return joined.transpose(0, 1)[None]
+
+
+def _select_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return rows.index_select(1, index.to(rows.device))
+
+
+def _to_host(measures: dict[int, dict[str, torch.Tensor]]) -> dict[int, dict[str, np.ndarray]]:
+    """All measures of all samples in one transfer."""
+    if not measures:
+        return {}
+    flat = [part.detach().float().flatten() for named in measures.values() for part in named.values()]
+    pieces = iter(np.split(torch.cat(flat).cpu().numpy(), np.cumsum([len(part) for part in flat])[:-1]))
+    return {
+        number: {name: next(pieces).reshape(part.shape) for name, part in named.items()}
+        for number, named in measures.items()
+    }
