@@ -15,6 +15,9 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in (FOLDER / "cases").glob("*.json"))
+# Recorded runs of other methods' published code, on the same models.
+METHODS_FOLDER = Path(__file__).parent / "golden_methods"
+METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 
 @cache
@@ -40,34 +43,47 @@ class GoldenCase:
 
     @classmethod
     def load(cls, name: str) -> GoldenCase:
-        facts = json.loads((FOLDER / "cases" / f"{name}.json").read_text())
-        return cls(name, facts, load_file(FOLDER / "cases" / f"{name}.safetensors"))
+        folder = METHODS_FOLDER if name in METHOD_CASES else FOLDER / "cases"
+        facts = json.loads((folder / f"{name}.json").read_text())
+        return cls(name, facts, load_file(folder / f"{name}.safetensors"))
 
     @property
     def model(self) -> LlavaLlamaForCausalLM:
         """The case's model under the case's name, which selects the rule for layer 0."""
         model = golden_model(self.facts["model"])
-        model.config._name_or_path = self.facts["name_or_path"]
+        model.config._name_or_path = self.facts.get("name_or_path", "")
         return model
 
     @property
     def pixels(self) -> torch.Tensor | None:
         """`[n, 3, 336, 336]`, where the case has pictures."""
-        if self.facts["input"]["kind"] != "pixels":
+        if self.facts["input"].get("kind") != "pixels":
             return None
         small = (self.tensors["images_u8"].float() - 128) / 64
         return small.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
 
-    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The spliced prompt: embeddings `[N, H]` and which rows are visual, bool `[N]`."""
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What `generate` takes: ids with pictures, or rows already spliced."""
+        if self.pixels is not None:
+            return {"input_ids": self.tensors["input_ids"], "images": self.pixels}
+        rows, visual = self.rows()
+        return {"inputs_embeds": rows[None], "visual_mask": visual[None]}
+
+    def rows(self, sample: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The spliced prompt: embeddings `[N, H]` and which rows are visual, bool `[N]`.
+
+        `sample`: which one, in a case of several prompts.
+        """
         model = self.model
+        given = self.facts["input"] if sample is None else self.facts["input"]["samples"][sample]
+        ids = self.tensors["input_ids" if sample is None else f"input_ids_{sample}"]
         if self.pixels is not None:
             features = list(model.encode_images(self.pixels).detach())
         else:
             stored = golden_features(self.facts["model"])
-            features = [stored[key] for key in self.facts["input"].get("image_keys") or []]
+            features = [stored[key] for key in given.get("image_keys") or []]
         pieces, visual, used = [], [], 0
-        for token in self.tensors["input_ids"][0]:
+        for token in ids[0]:
             if token == IMAGE_TOKEN_INDEX:
                 piece, used = features[used], used + 1
             else:

@@ -16,20 +16,13 @@ def case(request) -> GoldenCase:
     return GoldenCase.load(request.param)
 
 
-def _inputs(case: GoldenCase) -> dict:
-    if case.pixels is not None:
-        return {"input_ids": case.tensors["input_ids"], "images": case.pixels}
-    rows, visual = case.rows()
-    return {"inputs_embeds": rows[None], "visual_mask": visual[None]}
-
-
 def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
     expected = case.facts["expected"]
     model = case.model
     config = case.facts["pruning_config"]
     # Without a config no trace is kept; an empty mode is dense with a trace.
     output = model.generate(
-        **_inputs(case),
+        **case.inputs(),
         pruning_config=config or {"mode": []},
         max_new_tokens=case.facts["max_new_tokens"],
         **GREEDY,
@@ -64,7 +57,7 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
 def test_prefill_holds_the_recorded_keys_and_values(case: GoldenCase) -> None:
     model = case.model
     with torch.no_grad():
-        output = model(**_inputs(case), pruning_config=case.facts["pruning_config"], use_cache=True)
+        output = model(**case.inputs(), pruning_config=case.facts["pruning_config"], use_cache=True)
     layers = output.past_key_values.layers
     expected = case.facts["expected"]["kv_len_per_layer_after_prefill"]
     assert [layer.get_seq_length() for layer in layers] == expected

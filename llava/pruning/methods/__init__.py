@@ -1,10 +1,11 @@
 """Pruning methods, one a file. Each is a dataclass of its knobs, what it looks at, and what it decides."""
 
 from .fastv import FastV
+from .pyramiddrop import PyramidDrop
 from .random import Random
 from .schedule import Schedule
 from .shortv import ShortV
 from .visipruner import VisiPruner
 from .vtw import VTW
 
-__all__ = ["VTW", "FastV", "Random", "Schedule", "ShortV", "VisiPruner"]
+__all__ = ["VTW", "FastV", "PyramidDrop", "Random", "Schedule", "ShortV", "VisiPruner"]

@@ -1,0 +1,119 @@
+"""Other methods against recorded runs of their own published code (`tests/golden_methods/`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_runs import METHOD_CASES, GoldenCase
+
+from llava.pruning import Method
+from llava.pruning.methods import VTW, ShortV
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+CALIBRATIONS = {"shortv__contribution", "vtw__findk_a", "vtw__findk_ga"}
+# Their decoding ranks anew in every step; prefill and first token are the method's.
+PREFILL_ONLY = {"mask", "inplace"}
+
+
+def knobs(case: GoldenCase) -> dict:
+    """The case's config under the names that JSON has here."""
+    given, method = case.facts["config"], case.facts["method"]
+    if method == "fastv":
+        return {"method": method, "layer": given["K"], "keep": given["num_kept"]}
+    if method == "vtw":
+        return {"method": method, "layer": given["k"]}
+    if method == "pyramiddrop":
+        ratios, positions = given["image_token_ratio_list"], given["positions"]
+        return {"method": method, "layers": given["layer_list"], "keep": ratios, "positions": positions}
+    return {"method": method, **given}
+
+
+@pytest.fixture(params=[name for name in METHOD_CASES if name not in CALIBRATIONS])
+def case(request) -> GoldenCase:
+    return GoldenCase.load(request.param)
+
+
+def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
+    expected, model = case.facts["expected"], case.model
+    is_prefill_only = case.facts["config"].get("mode") in PREFILL_ONLY
+    new = 1 if is_prefill_only else case.facts["max_new_tokens"]
+    output = model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=new, **GREEDY)
+    (trace,) = model.last_pruning_traces
+
+    assert trace.num_rows == expected["num_rows"]
+    kept = {str(decision.layer): decision.positions.tolist() for decision in trace.decisions}
+    assert kept == expected["kept_positions_after_layer"]
+    assert output.sequences[0].tolist() == expected["generated_ids"][:new]
+    logits = torch.stack(output.logits, dim=1)[0]
+    torch.testing.assert_close(logits, case.tensors["logits"][:new], atol=1e-3, rtol=0)
+    if case.facts["config"].get("mode") not in PREFILL_ONLY:
+        assert trace.rows_per_layer == expected["rows_per_layer"]
+        held = [layer.get_seq_length() for layer in output.past_key_values.layers]
+        assert held == expected["kv_len_per_layer_after_generation"]
+    if "updated_rows_per_layer" in expected:
+        assert trace.updated_rows_per_layer == expected["updated_rows_per_layer"]
+    for decision in trace.decisions:
+        recorded = case.tensors.get(f"scores_{decision.layer + 1}")
+        if recorded is not None and case.facts["method"] == "pyramiddrop":
+            torch.testing.assert_close(torch.as_tensor(decision.measured["attention"]), recorded, atol=1e-5, rtol=0)
+
+
+def test_a_left_padded_batch_with_another_prompt_decides_as_each_alone(case: GoldenCase) -> None:
+    if case.pixels is not None:
+        pytest.skip("the same rows as the cases of features")
+    model, config = case.model, knobs(case)
+    rows, visual = case.rows()
+    # The other prompt: the same picture behind a shorter text, and a text without a picture.
+    prompts = [(rows[20:], visual[20:]), (rows, visual), (rows[~visual], visual[~visual])]
+    longest = max(len(own) for own, _ in prompts) + 2
+    embeds = torch.zeros(3, longest, rows.shape[1])
+    mask, attention = torch.zeros(3, longest, dtype=torch.bool), torch.zeros(3, longest, dtype=torch.long)
+    for number, (own, own_visual) in enumerate(prompts):
+        embeds[number, -len(own) :], mask[number, -len(own) :], attention[number, -len(own) :] = own, own_visual, 1
+    options = {"pruning_config": config, "max_new_tokens": 4, **GREEDY}
+    together = model.generate(inputs_embeds=embeds, visual_mask=mask, attention_mask=attention, **options)
+    traces = model.last_pruning_traces
+    for number, (own, own_visual) in enumerate(prompts):
+        alone = model.generate(inputs_embeds=own[None], visual_mask=own_visual[None], **options)
+        (trace,) = model.last_pruning_traces
+        assert together.sequences[number].tolist() == alone.sequences[0].tolist()
+        assert traces[number].rows_per_layer == trace.rows_per_layer
+        assert traces[number].kept_positions == trace.kept_positions
+        logits = [torch.stack(output.logits, dim=1) for output in (together, alone)]
+        torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+
+
+def first_logits(case: GoldenCase, sample: int, method: Method) -> torch.Tensor:
+    rows, visual = case.rows(sample)
+    with torch.no_grad():
+        return case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=method).logits[0, -1]
+
+
+def divergence(changed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    """KL(changed || dense), natural logarithm."""
+    return (changed.softmax(-1) * (changed.log_softmax(-1) - dense.log_softmax(-1))).sum()
+
+
+@pytest.mark.parametrize("name", ["vtw__findk_a", "vtw__findk_ga"])
+def test_withdrawal_at_every_layer_diverges_as_recorded(name: str) -> None:
+    case = GoldenCase.load(name)
+    for sample in range(len(case.tensors["kl"])):
+        dense = first_logits(case, sample, VTW(layer=len(case.model.get_decoder().layers)))
+        torch.testing.assert_close(dense, case.tensors[f"logits_dense_{sample}"], atol=1e-3, rtol=0)
+        for number, layer in enumerate(case.facts["expected"]["candidate_layers"]):
+            withdrawn = first_logits(case, sample, VTW(layer=layer))
+            recorded = case.tensors[f"logits_withdrawn_{sample}"][number]
+            torch.testing.assert_close(withdrawn, recorded, atol=1e-3, rtol=0)
+            torch.testing.assert_close(divergence(withdrawn, dense), case.tensors["kl"][sample, number], atol=1e-5, rtol=0)
+
+
+def test_freezing_each_layer_alone_diverges_as_recorded() -> None:
+    case = GoldenCase.load("shortv__contribution")
+    recorded = case.tensors["scores"]
+    measured = torch.zeros_like(recorded)
+    for sample in range(len(recorded)):
+        dense = first_logits(case, sample, ShortV(frozen_layers=()))
+        for layer in range(recorded.shape[1]):
+            measured[sample, layer] = divergence(first_logits(case, sample, ShortV((layer,))), dense)
+    torch.testing.assert_close(measured, recorded, atol=1e-5, rtol=0)
+    assert measured.mean(0).argsort().tolist() == case.facts["expected"]["order"]
