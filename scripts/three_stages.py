@@ -40,9 +40,9 @@ class Watch(Method):
 
     notes: list[list[tuple[float, float]]]
 
-    def looks(self, layer: int) -> bool:
-        """Behind every layer."""
-        return layer >= 0
+    def looks_behind(self, num_layers: int) -> range:
+        """Every layer."""
+        return range(num_layers)
 
     def measure(self, view: Any) -> Any:
         """VisiPruner's measures."""

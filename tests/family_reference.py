@@ -41,12 +41,10 @@ class Hidden:
         visual = torch.zeros(trace.num_rows, dtype=torch.bool)
         visual[trace.visual_positions] = True
         gone = torch.zeros(num_layers, trace.num_rows, dtype=torch.bool)
-        if trace.select_layer is not None:
+        for decision in trace.decisions:
             dropped = visual.clone()
-            dropped[trace.kept_positions] = False
-            gone[trace.select_layer + 1 :] |= dropped
-        if trace.exit_layer is not None:
-            gone[trace.exit_layer :] |= visual
+            dropped[decision.positions] = False
+            gone[decision.layer + 1 :] |= dropped
         return cls(width - trace.num_rows, trace.num_rows, visual, gone)
 
     def mask(self, layer: int, queries: int, keys: int) -> torch.Tensor:
@@ -63,6 +61,28 @@ class Hidden:
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:
     decoder = model.get_decoder()
     return decoder.layers
+
+
+@contextmanager
+def states_restored(model: nn.Module, hidden: Sequence[Hidden], layers: Sequence[int]) -> Iterator[None]:
+    """Give visual rows of an unpatched model's prompts their old states back behind each of `layers`."""
+
+    def restore(module, args, kwargs, output):
+        entering = args[0] if args else kwargs["hidden_states"]
+        if entering.shape[1] == 1:
+            return None
+        leaving = (output[0] if isinstance(output, tuple) else output).clone()
+        for number, prompt in enumerate(hidden):
+            rows = prompt.padding + prompt.visual.nonzero()[:, 0]
+            leaving[number, rows] = entering[number, rows]
+        return (leaving, *output[1:]) if isinstance(output, tuple) else leaving
+
+    hooks = [_decoder_layers(model)[layer].register_forward_hook(restore, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 @contextmanager
@@ -158,11 +178,11 @@ class Recorder(Method):
     first: int
     shallow: Method = Method()  # noqa: RUF009 (frozen)
 
-    def treatment(self, layer):
-        return self.shallow.treatment(layer)
+    def treatments(self, num_layers):
+        return self.shallow.treatments(num_layers)
 
-    def looks(self, layer):
-        return layer >= self.first
+    def looks_behind(self, num_layers):
+        return range(self.first, num_layers)
 
     def measure(self, view):
         return view.shares()

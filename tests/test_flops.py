@@ -89,6 +89,11 @@ POLICIES = {
     "half": {"config": Schedule(2, 4, 5, 6, "half")},
     "shallow": {"config": {"mode": ["shallow"], "shallow_mid_layer": 3}},
     "deep": {"config": {"mode": ["deep"], "mid_deep_layer": 5}},
+    "vtw": {"config": {"method": "vtw", "layer": 3}},
+    "fastv": {"config": {"method": "fastv", "layer": 2, "keep": 0.3}},
+    "random before the decoder": {"config": {"method": "random", "keep": 4}},
+    "pyramiddrop": {"config": {"method": "pyramiddrop", "layers": [2, 4, 5], "keep": [0.5, 0.25, 0.0]}},
+    "shortv": {"config": {"method": "shortv", "frozen_layers": [0, 3, 4, 7]}},
 }
 
 
@@ -137,3 +142,22 @@ def test_savings_agree_with_counts_and_know_prompts_without_images():
     assert savings(text, shape) == {"paper": 0.0, "fastv": 0.0, "prompt": 0.0, "executed": 0.0}
     assert vision_attention_saved(text) == 0.0
     assert flops(text, shape)["paper"] == 0
+
+
+def test_shortv_and_vtw_save_what_their_papers_formulas_say():
+    """ShortV's and VTW's count, two FLOPs a multiply-add; frozen: keys and values of all rows, the rest of text rows."""
+    model, batch = decoder(8), prompts((6, 40, 9))
+    shape, text, rows = DecoderShape.of(model), 15, 55
+    d, m = shape.hidden_size, shape.intermediate_size
+
+    def layers_run(method: dict) -> int:
+        with torch.no_grad(), prune(model, method, visual_mask=batch["visual"]) as run:
+            model(inputs_embeds=batch["embeds"], use_cache=True, logits_to_keep=1)
+        return executed_flops(run.traces[0], shape) - 2 * shape.hidden_size * shape.vocab_size
+
+    def layer(n: int) -> int:
+        return 2 * n * (4 * d + 3 * m) * d + 4 * n * n * d
+
+    frozen = 2 * 2 * rows * d * d + 2 * text * (2 * d + 3 * m) * d + 4 * d * (6 * 6 + 9 * (46 + 9))
+    assert layers_run({"method": "vtw", "layer": 3}) == 3 * layer(rows) + 5 * layer(text)
+    assert layers_run({"method": "shortv", "frozen_layers": [2, 5, 6]}) == 5 * layer(rows) + 3 * frozen

@@ -104,7 +104,9 @@ def test_withdrawal_at_every_layer_diverges_as_recorded(name: str) -> None:
             withdrawn = first_logits(case, sample, VTW(layer=layer))
             recorded = case.tensors[f"logits_withdrawn_{sample}"][number]
             torch.testing.assert_close(withdrawn, recorded, atol=1e-3, rtol=0)
-            torch.testing.assert_close(divergence(withdrawn, dense), case.tensors["kl"][sample, number], atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                divergence(withdrawn, dense), case.tensors["kl"][sample, number], atol=1e-5, rtol=0
+            )
 
 
 def test_freezing_each_layer_alone_diverges_as_recorded() -> None:

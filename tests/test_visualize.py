@@ -12,8 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from visual_helpers import LAYERS, noise, word_tokenizer, write_checkpoint
 
 from llava.mm_utils import process_images
-from llava.pruning import prune
-from llava.pruning import Read
+from llava.pruning import Read, prune
 from llava.serve.chat import ChatModel, Checkpoint, GenerationOptions, Turn
 from llava.utils import UserError
 from llava.visualize import (

@@ -4,10 +4,10 @@ Start reading at `methods/visipruner.py` (what is decided), then `method.py` (wh
 may look at), `prefill.py` (one forward, layer by layer) and `hooks.py` (how it is put on a transformers model).
 """
 
-from .errors import UnsupportedCallError, UnsupportedModelError
+from .errors import PruningConfigError, UnsupportedCallError, UnsupportedModelError
 from .families import supported_models
 from .hooks import PruningRun, call_lock, prune
-from .method import LEAVE, METHODS, Cause, Keep, Method, PruningConfigError, Read, Treatment, keep_best, register
+from .method import LEAVE, METHODS, Cause, Keep, Method, Read, Treatment, keep_best, register
 from .methods import VisiPruner
 from .trace import Decision, PruningTrace
 from .view import View

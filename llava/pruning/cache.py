@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -30,16 +31,16 @@ class CacheLease:
             that, so it cannot be told from their lengths.
         renumbered: for each sample, whether its rows were numbered anew, so that a new row's position in a layer is
             the number of rows that the layer holds.
+        coming: rows of each sample that a prefill's next layer takes up.
     """
 
     def __init__(self) -> None:
         self.active = True
         self.last_positions: torch.Tensor | None = None
         self.renumbered: list[bool] = []
+        self.coming: list[int] = []
 
-    def note_positions(
-        self, position_ids: torch.Tensor | None, width: int, device: torch.device | None = None
-    ) -> None:
+    def note_positions(self, position_ids: torch.Tensor | None, width: int, device: torch.device | None = None) -> None:
         """Remember where the rows of a call end, for a loop by hand, which gives no `position_ids` of its own."""
         if position_ids is None:
             self.last_positions = torch.full((1, 1), width - 1, device=device)
@@ -88,14 +89,9 @@ class RaggedLayer(DynamicLayer):
         self.lease = lease
         self.lengths: list[int] = []
         self.starts: list[int] = []
-        self._prefill_lengths: list[int] | None = None
         self.cursor: Cursor | None = None  # with more than one sample, from the first decoded token on
 
     # -- what the engine calls ------------------------------------------------------------------------------
-
-    def expect_prefill(self, lengths: Sequence[int]) -> None:
-        """Announce the packed rows that the next `update` brings, per sample."""
-        self._prefill_lengths = list(lengths)
 
     def segment(self, sample: int) -> slice:
         """Where `sample`'s rows lie on the row axis."""
@@ -136,8 +132,8 @@ class RaggedLayer(DynamicLayer):
                 "this KV cache holds a pruned prompt, and the `prune` block or call that filled it has ended; "
                 "prefill the prompt anew, or continue inside the block"
             )
-        if self._prefill_lengths is not None:
-            self.lengths, self._prefill_lengths = self._prefill_lengths, None
+        if not self.is_initialized:
+            self.lengths = list(self.lease.coming)
             self.starts = _starts(self.lengths)
             self.keys, self.values = key_states, value_states
             self.dtype, self.device = key_states.dtype, key_states.device
@@ -242,10 +238,10 @@ class RaggedLayer(DynamicLayer):
     prefetch = offload
 
 
-def make_ragged(cache: DynamicCache, num_layers: int) -> CacheLease:
-    """Turn an empty `DynamicCache` into a ragged one, in place, and return its lease."""
+def make_ragged(cache: DynamicCache) -> CacheLease:
+    """Turn an empty `DynamicCache` into a ragged one, in place; layers come as they are filled. Returns its lease."""
     lease = CacheLease()
-    cache.layers = [RaggedLayer(lease) for _ in range(num_layers)]
+    cache.layers, cache.layer_class_to_replicate = [], partial(RaggedLayer, lease)
     return lease
 
 

@@ -9,3 +9,7 @@ class UnsupportedModelError(UserError):
 
 class UnsupportedCallError(UserError):
     """A way of calling a model that pruning cannot honour. Says which, and the remedy."""
+
+
+class PruningConfigError(UserError):
+    """A pruning configuration that cannot be used. Names the key, the value and the allowed range."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel
 
 from . import geometry
 from .errors import UnsupportedCallError, UnsupportedModelError
@@ -50,6 +50,16 @@ def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
     return len(pixels) if pixels is not None else None
 
 
+def _clip_layer(model: Any) -> Any:
+    """The CLIP layer whose output LLaVA's projector reads; None in a model without such a tower."""
+    tower = next((part for part in model.modules() if isinstance(part, CLIPVisionModel)), None)
+    if tower is None:
+        return None
+    selected = getattr(model.config, "mm_vision_select_layer", getattr(model.config, "vision_feature_layer", -2))
+    # Entry 0 of the hidden states is the embedding, entry i + 1 what layer i gave.
+    return tower.encoder.layers[range(len(tower.encoder.layers) + 1)[selected] - 1]
+
+
 def _behind_deepstack(config: Any) -> int:
     """Deepstack adds a visual feature to every visual row behind each of the first layers."""
     return len(config.vision_config.deepstack_visual_indexes)
@@ -60,9 +70,11 @@ _IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
 
 # By the `model_type` of the outer config.
 FAMILIES: dict[str, Family] = {
-    "llava": Family(_IMAGE, images=_count_pictures, flat_pixels=True, layout=geometry.cropped_square),
+    "llava": Family(
+        _IMAGE, images=_count_pictures, flat_pixels=True, tower=_clip_layer, layout=geometry.cropped_square
+    ),
     # The newline rows inside an image have placeholders of their own, so they are visual too.
-    "llava_next": Family(_IMAGE, flat_pixels=True, layout=geometry.anyres),
+    "llava_next": Family(_IMAGE, flat_pixels=True, tower=_clip_layer, layout=geometry.anyres),
     "llava_onevision": Family(_IMAGE_AND_VIDEO, flat_pixels=True, layout=geometry.anyres_max),
     "internvl": Family(_IMAGE, flat_pixels=True, layout=geometry.tiles_then_thumbnail),
     "smolvlm": Family(_IMAGE, layout=geometry.split_then_whole),
@@ -76,8 +88,8 @@ FAMILIES: dict[str, Family] = {
         layout=geometry.merged_grid,
     ),
     # This project's own classes know their visual rows from the splice and hand them over as `visual_mask`.
-    "llava_llama": Family(),
-    "llava_mistral": Family(),
+    "llava_llama": Family(tower=_clip_layer),
+    "llava_mistral": Family(tower=_clip_layer),
     # Language models alone: the caller brings `inputs_embeds` and says which rows are visual.
     "llama": Family(),
     "mistral": Family(),
@@ -120,10 +132,10 @@ class Adapter:
     decoder: Any
     family: Family
     wrappers: list[nn.Module] = field(default_factory=list)
+    layers: nn.ModuleList = field(init=False)
 
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.decoder.layers
+    def __post_init__(self) -> None:
+        self.layers = self.decoder.layers
 
     @property
     def first_layer(self) -> int:

@@ -22,6 +22,9 @@ _REFUSED = {
 }
 
 
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
 @dataclass(frozen=True)
 class Generation:
     """How one `generate` call uses the model.
@@ -37,41 +40,31 @@ class Generation:
     @classmethod
     def of(cls, model: nn.Module, kwargs: Mapping[str, Any]) -> Generation:
         """From what a call was given."""
-        option = _options(model, kwargs)
-        drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-        return cls(
-            max(option("num_beams") or 1, option("num_return_sequences") or 1),
-            any(option(name) for name in drafts),
-        )
+        beams, sequences, *drafts = _asked_for(model, kwargs, "num_beams", "num_return_sequences", *_DRAFTS)
+        return cls(max(beams or 1, sequences or 1), any(drafts))
 
 
-def _options(model: nn.Module, kwargs: Mapping[str, Any]) -> Any:
-    """What a call really asks for by name: its keywords, else its generation config, else the model's."""
+def _asked_for(model: nn.Module, kwargs: Mapping[str, Any], *names: str) -> list[Any]:
+    """What a call really asks for by these names: its keywords, else its generation config, else the model's."""
     configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
-
-    def option(name: str) -> Any:
-        if kwargs.get(name) is not None:
-            return kwargs[name]
-        return next((getattr(config, name) for config in configs if getattr(config, name, None) is not None), None)
-
-    return option
+    sources = [kwargs, *(vars(config) for config in configs if config is not None)]
+    return [next((source[name] for source in sources if source.get(name) is not None), None) for name in names]
 
 
 def refuse_unsupported(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raise `UnsupportedCallError` for what would silently go wrong."""
-    option = _options(model, kwargs)
-    for name, reason in _REFUSED.items():
-        if option(name):
-            raise UnsupportedCallError(f"{name}={option(name)!r} cannot be used with pruning: {reason}")
-    if option("use_cache") is False:
+    for name, value in zip(_REFUSED, _asked_for(model, kwargs, *_REFUSED), strict=True):
+        if value:
+            raise UnsupportedCallError(f"{name}={value!r} cannot be used with pruning: {_REFUSED[name]}")
+    use_cache, kind, assistant = _asked_for(model, kwargs, "use_cache", "cache_implementation", "assistant_model")
+    if use_cache is False:
         raise UnsupportedCallError("use_cache=False cannot be used with pruning: decisions fall once, in prefill")
-    kind = option("cache_implementation")
     if kind not in (None, "dynamic"):
         raise UnsupportedCallError(
             f"cache_implementation={kind!r} cannot be used with pruning: layers hold different numbers of rows; "
             "leave it at the default"
         )
-    if option("assistant_model") is model:
+    if assistant is model:
         raise UnsupportedCallError(
             "assistant_model is the pruned model itself, so its drafts would be pruned as well; "
             "give another model, or prompt_lookup_num_tokens"

@@ -35,7 +35,7 @@ from .errors import UnsupportedCallError
 from .families import Adapter, adapter_for
 from .flops import note_dense
 from .generation import Generation, refuse_unsupported
-from .method import BEFORE_DECODER, Method, Treatment
+from .method import Method, Treatment
 from .prefill import Prefill, Sample
 from .rows import Rows
 from .tower import TowerWatch
@@ -104,14 +104,9 @@ class PruningRun:
         self._methods = methods  # one for all prompts, or one a prompt; None: dense
         # Where nothing prunes, the model's own kernels run and only traces are kept.
         self._prunes = any(method is not None for method in methods)
-        self._treatments = [
-            [method.treatment(layer) if method else Treatment() for layer in range(len(adapter.layers))]
-            for method in methods
-        ]
-        self._looks = [
-            frozenset(layer for layer in range(BEFORE_DECODER, len(adapter.layers)) if method and method.looks(layer))
-            for method in methods
-        ]
+        num_layers = len(adapter.layers)
+        self._treatments = [(method or Method()).treatments(num_layers) for method in methods]
+        self._looks = [(method or Method()).looks_behind(num_layers) for method in methods]
         watching = [method.name for method in methods if method is not None and method.needs_tower]
         self._tower = TowerWatch(adapter.tower_layer(watching[0])) if watching else None
         self._visual_mask = visual_mask
@@ -272,7 +267,7 @@ class PruningRun:
         state = Prefill(
             samples,
             padding,
-            self._ragged_cache(kwargs, entering, samples),
+            self._lease_cache(kwargs, entering, samples),
             self._adapter.layers,
             self._adapter.first_layer,
             self._adapter.decoder.rotary_emb,
@@ -309,13 +304,13 @@ class PruningRun:
             lm_head_rows=call.head_rows,
         )
         if method is None or not len(rows.visual):
-            return Sample(rows, None, [Treatment()] * num_layers, frozenset(), trace)
+            return Sample(rows, None, [Treatment()] * num_layers, (), trace)
         return Sample(rows, method, self._treatments[which], self._looks[which], trace)
 
-    def _ragged_cache(
+    def _lease_cache(
         self, kwargs: dict[str, Any], entering: torch.Tensor, samples: Sequence[Sample]
-    ) -> DynamicCache | None:
-        """The call's cache, or a new one, made ready for layers of different lengths; None without a cache."""
+    ) -> CacheLease | None:
+        """Make the call's cache, or a new one, ready for layers of different lengths; None without a cache."""
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None:
             if not (self._adapter.decoder.config.use_cache if use_cache is None else use_cache):
@@ -326,11 +321,11 @@ class PruningRun:
                 f"past_key_values is a {type(cache).__name__}{' with offloading' * (type(cache) is DynamicCache)}; "
                 "pruning needs an empty DynamicCache: layers hold different numbers of rows"
             )
-        lease = make_ragged(cache, len(self._adapter.layers))
+        lease = make_ragged(cache)
         self._leases.add(lease)
         lease.renumbered = [sample.method is not None and sample.method.renumbers for sample in samples]
         lease.note_positions(kwargs.get("position_ids"), entering.shape[1], entering.device)
-        return cache
+        return lease
 
     def _resume(self, cache: DynamicCache, kwargs: dict[str, Any], width: int) -> Decoding:
         """Set up a decoding step."""

@@ -4,8 +4,8 @@ A method is a frozen dataclass whose fields are its knobs; `methods/` has one a 
 it, in this order, and owns everything that no method may get wrong: text rows never leave, every prompt of a batch
 decides alone, nothing is decided while decoding.
 
-1. `treatment(layer)` and `looks(layer)`: what happens to the image inside a layer, and whether the method looks at
-   what stands behind it. Known before any prompt is.
+1. `treatments(num_layers)` and `looks_behind(num_layers)`: what happens to the image inside each layer, and behind
+   which of them the method looks. Known before any prompt is.
 2. `measure(view)`: between two layers, what of the rows it wants to know. Stays on the device.
 3. `decide(layer, measured, trace)`: with those numbers on the host, which visual rows go on. What was decided before
    is in the trace, so that a method needs no memory of its own.
@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import Enum
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
-from llava.utils import UserError
+from .errors import PruningConfigError
+from .knobs import check_first_layer, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 
 BEFORE_DECODER = -1
 """The `layer` of a view or decision at the decoder's input."""
-
-
-class PruningConfigError(UserError):
-    """A pruning configuration that cannot be used. Names the key, the value and the allowed range."""
 
 
 class Read(Enum):
@@ -118,6 +115,14 @@ LEAVE = Keep(np.empty(0, dtype=np.int64), cause=Cause.EXIT)
 """All visual rows leave."""
 
 
+def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
+    """Rows that a `Count` means for one prompt: a number an image, capped at what there is, or a share of all, rounded
+    half to even."""
+    if isinstance(keep, float):
+        return round(trace.num_visual * keep)
+    return min(keep * max(len(trace.image_spans), 1), trace.num_visual)
+
+
 def keep_best(scores: np.ndarray, count: int) -> Keep:
     """Keep the `count` rows of the largest scores in row order; ties go to the lower position."""
     return Keep(np.sort(np.argsort(-scores, kind="stable")[: max(count, 0)]))
@@ -150,15 +155,32 @@ class Method:
         """Whether nothing is ever pruned, so that the model's own kernels may run untouched."""
         return False
 
+    def __post_init__(self) -> None:
+        self._check(None)
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(value))
+
+    def _check(self, num_layers: int | None, first_layer: int = 0) -> None:
+        """Refuse knobs that are not of their kind; with `num_layers`, those that the model has no layers for."""
+        for field in fields(self):
+            kind, value = field.metadata.get("kind"), getattr(self, field.name)
+            if kind is None or (num_layers is None and value is field.default):
+                continue
+            if not kind.fits(value, num_layers):
+                refuse(field.name, value, kind.allowed(num_layers))
+            if num_layers is not None and (first := kind.first_layer(value)) is not None:
+                check_first_layer(field.name, first, 0, first_layer)
+
     # -- what a method answers -----------------------------------------------------------------------------------
 
-    def treatment(self, layer: int) -> Treatment:
-        """What `layer` does with the image during prefill."""
-        return Treatment()
+    def treatments(self, num_layers: int) -> Sequence[Treatment]:
+        """What each layer does with the image during prefill, [num_layers]."""
+        return [Treatment()] * num_layers
 
-    def looks(self, layer: int) -> bool:
-        """Whether `measure` is to be asked behind `layer` (`BEFORE_DECODER`: at the decoder's input)."""
-        return False
+    def looks_behind(self, num_layers: int) -> Collection[int]:
+        """The layers behind which `measure` is to be asked (`BEFORE_DECODER`: at the decoder's input)."""
+        return ()
 
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
         """Named float32 measures `[visual rows still there]` of the rows behind `view.layer`; None: nothing."""
@@ -184,6 +206,7 @@ class Method:
         Raises:
             PruningConfigError: with the key, the value and the allowed range.
         """
+        self._check(num_layers, first_layer)
         return self
 
     def bind(self, num_layers: int, model_path: str | None) -> Method:
@@ -251,14 +274,10 @@ class Method:
             if key not in knobs and field.default is MISSING and field.default_factory is MISSING
         ]
         if missing:
-            hint = cls.hint_for(missing[0])
-            raise PruningConfigError(f"{origin}: {', '.join(map(repr, missing))} missing{hint and f'; {hint}'}")
+            kind = known[missing[0]].metadata.get("kind")
+            hint = f"; it must be {kind.allowed(None)}" if kind else ""
+            raise PruningConfigError(f"{origin}: {', '.join(map(repr, missing))} missing{hint}")
         return cls(**knobs)
-
-    @classmethod
-    def hint_for(cls, key: str) -> str:
-        """What a knob that is missing must be, in words."""
-        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it would be written in JSON: keys that are None are left out."""
@@ -271,6 +290,9 @@ class Method:
 
 METHODS: dict[str, type[Method]] = {}
 """Every registered method by the name that JSON uses."""
+
+ENTRY_POINTS = "llava_visipruner.methods"
+"""Entry-point group through which other installed packages bring methods: name = the module that registers it."""
 
 M = TypeVar("M", bound=type[Method])
 
@@ -300,6 +322,9 @@ def method_named(name: Any) -> type[Method]:
     Raises:
         PruningConfigError: there is none; the nearest name is suggested.
     """
+    if isinstance(name, str) and name not in METHODS:
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            entry.load()  # registers itself
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     close = difflib.get_close_matches(name.lower(), METHODS, n=1) if isinstance(name, str) else []
@@ -323,56 +348,3 @@ def _read_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not only JSONDecodeError: numbers too long, nesting too deep
         raise PruningConfigError(f"{origin}: not valid JSON ({error}): {text[:80]!r}") from error
-
-
-# -- checks that methods share ---------------------------------------------------------------------------------------
-
-
-def check(key: str, value: Any, ok: bool, allowed: str) -> None:
-    """Raise `PruningConfigError` for a knob that is not `ok`."""
-    if not ok:
-        raise PruningConfigError(f"pruning config: {key!r} is {value!r}; it must be {allowed}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a knob is a finite number; False for NaN, infinities, and integers that no float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def is_int(value: Any, least: int) -> bool:
-    """Whether a knob is an integer of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def check_keep(keep: Any) -> None:
-    """`keep`: an integer from 0, a number of tokens an image, or a share in (0, 1)."""
-    ok = is_int(keep, 0) or (isinstance(keep, float) and 0 < keep < 1)
-    check("keep", keep, ok, "a number of tokens an image (an integer from 0) or a share between 0 and 1")
-
-
-def check_layer(key: str, value: int | None, num_layers: int, least: int = 1, most: int | None = None) -> None:
-    """A layer within the model: `least` … L-1, or up to `most`."""
-    most = num_layers - 1 if most is None else most
-    check(
-        key,
-        value,
-        value is None or least <= value <= most,
-        f"an integer from {least} to {most} for this model of {num_layers} layers",
-    )
-
-
-def check_first_layer(key: str, value: int, earliest: int, first_layer: int) -> None:
-    """Rows that leave at the input of layer `value + earliest` must not be missed below `first_layer`."""
-    if value + earliest < first_layer:
-        raise PruningConfigError(
-            f"pruning config: {key!r} is {value}; it must be at least {first_layer - earliest} for this "
-            f"model, whose image features join up to layer {first_layer - 1}"
-        )
-
-
-def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
-    """Rows that `keep` means for one prompt: a number an image, capped at what there is, or a share of all, rounded
-    half to even."""
-    if isinstance(keep, float):
-        return round(trace.num_visual * keep)
-    return min(keep * max(len(trace.image_spans), 1), trace.num_visual)

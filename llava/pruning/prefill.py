@@ -6,23 +6,23 @@ exactly them. Attention looks at one sample at a time. Between two layers the me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
 
 from . import varlen
 from .attention import Tally, attend_prompt
-from .cache import RaggedLayer
+from .cache import CacheLease
 from .errors import UnsupportedCallError
 from .method import BEFORE_DECODER, Cause, Keep, Method, Treatment
 from .rows import Rows
 from .tower import Picture
 from .trace import Decision, PruningTrace
 from .view import Attended, ComingLayer, View
+
 
 @dataclass
 class Sample:
@@ -40,7 +40,7 @@ class Sample:
     rows: Rows
     method: Method | None
     treatments: Sequence[Treatment]
-    looks: frozenset[int]
+    looks: Collection[int]
     trace: PruningTrace
     keep: Keep | None = None
     attended: Attended | None = None
@@ -54,6 +54,7 @@ class Prefill:
 
     Attributes:
         padding: leading rows of each sample that are padding, in the unpruned batch.
+        lease: of the cache that takes up keys and values; None without a cache.
         layers: the decoder's layers.
         first_layer: the first layer at whose input rows may be missing.
         rotate: the decoder's rotary embedding, for rows that are numbered anew.
@@ -62,7 +63,7 @@ class Prefill:
 
     samples: list[Sample]
     padding: list[int]
-    cache: DynamicCache | None
+    lease: CacheLease | None
     layers: Sequence[Any]
     first_layer: int = 0
     rotate: Callable[..., tuple[torch.Tensor, ...]] | None = None
@@ -98,8 +99,8 @@ class Prefill:
             sample.trace.rows_per_layer.append(sample.rows.count)
             frozen = 0 if sample.treatments[layer].update else len(sample.rows.visual)
             sample.trace.updated_rows_per_layer.append(sample.rows.count - frozen)
-        if self.cache is not None:
-            cast(RaggedLayer, self.cache.layers[layer]).expect_prefill(counts)
+        if self.lease is not None:
+            self.lease.coming = counts
         return hidden
 
     def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:

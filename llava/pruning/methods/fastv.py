@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import Method, check, check_first_layer, check_keep, check_layer, is_int, keep_best, number_to_keep, register
+from ..knobs import Count, Layer, knob
+from ..method import Method, keep_best, number_to_keep, register
 
 
 @register("fastv")
@@ -17,23 +18,14 @@ class FastV(Method):
         keep: tokens an image, or a share of all, rounded half to even.
     """
 
-    layer: int = 2
-    keep: int | float = 288
+    layer: int = knob(Layer(drops=True), 2)
+    keep: int | float = knob(Count(), 288)
 
-    def looks(self, layer):
-        return layer == self.layer - 1
+    def looks_behind(self, num_layers):
+        return {self.layer - 1}
 
     def measure(self, view):
         return {"attention": view.attention().mean(0)[0]}
 
     def decide(self, layer, measured, trace):
         return keep_best(measured["attention"], number_to_keep(self.keep, trace)) if measured else None
-
-    def __post_init__(self):
-        check("layer", self.layer, is_int(self.layer, 1), "an integer from 1 to L-1 (L layers)")
-        check_keep(self.keep)
-
-    def validate_for(self, num_layers, first_layer=0):
-        check_layer("layer", self.layer, num_layers)
-        check_first_layer("layer", self.layer, 0, first_layer)
-        return self

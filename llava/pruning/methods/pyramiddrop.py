@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import Method, check, check_first_layer, check_layer, is_int, keep_best, register
+from ..knobs import Choice, Count, Layers, knob, refuse
+from ..method import Method, keep_best, register
 
 
 @register("pyramiddrop")
@@ -19,16 +20,16 @@ class PyramidDrop(Method):
             from the rows that it holds. `"keep"`: survivors keep their positions.
     """
 
-    layers: tuple[int, ...] = (8, 16, 24)
+    layers: tuple[int, ...] = knob(Layers(drops=True), (8, 16, 24))
     keep: tuple[int | float, ...] = (0.5, 0.25, 0.125)
-    positions: str = "renumber"
+    positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     @property
     def renumbers(self):
         return self.positions == "renumber"
 
-    def looks(self, layer):
-        return layer + 1 in self.layers
+    def looks_behind(self, num_layers):
+        return {layer - 1 for layer in self.layers}
 
     def measure(self, view):
         return {"attention": view.next_attention().mean(0)[0]}
@@ -40,18 +41,7 @@ class PyramidDrop(Method):
         return keep_best(measured["attention"], int(trace.num_visual * keep) if isinstance(keep, float) else keep)
 
     def __post_init__(self):
-        layers, keep = self.layers, self.keep
-        ok = isinstance(layers, list | tuple) and all(is_int(layer, 1) for layer in layers)
-        check("layers", layers, ok and list(layers) == sorted(set(layers)), "a list of ascending layers from 1 to L-1")
-        ok = isinstance(keep, list | tuple) and len(keep) == len(layers)
-        ok = ok and all(is_int(one, 0) or (isinstance(one, float) and 0 <= one <= 1) for one in keep)
-        check("keep", keep, ok, "a list with a share from 0 to 1 or a number of tokens for each of 'layers'")
-        check("positions", self.positions, self.positions in ("renumber", "keep"), "'renumber' or 'keep'")
-        object.__setattr__(self, "layers", tuple(layers))
-        object.__setattr__(self, "keep", tuple(keep))
-
-    def validate_for(self, num_layers, first_layer=0):
-        for layer in self.layers:
-            check_layer("layers", layer, num_layers)
-            check_first_layer("layers", layer, 0, first_layer)
-        return self
+        super().__post_init__()
+        listed = isinstance(self.keep, list | tuple) and len(self.keep) == len(self.layers)
+        if not listed or not all(Count().fits(one, None) or one in (0.0, 1.0) for one in self.keep):
+            refuse("keep", self.keep, "a list with a share from 0 to 1 or a number of tokens for each of 'layers'")

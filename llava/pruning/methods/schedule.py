@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import (
-    LEAVE,
-    Method,
-    PruningConfigError,
-    Read,
-    Treatment,
-    check,
-    check_first_layer,
-    is_int,
-    keep_best,
-    register,
-)
-from .visipruner import SINKS
+from ..errors import PruningConfigError
+from ..knobs import Choice, Integer, Layer, check_first_layer, knob
+from ..method import LEAVE, Method, keep_best, register
+from .visipruner import SINKS, shallow_stage
 
 
 @register("schedule")
@@ -35,19 +26,17 @@ class Schedule(Method):
         PruningConfigError: layers out of order; 0 <= shallow_mid_layer < select_layer < exit_layer is needed.
     """
 
-    shallow_mid_layer: int
-    select_layer: int
-    keep: int
-    exit_layer: int | None = None
-    shallow_sink: str = "first"
+    shallow_mid_layer: int = knob(Layer(least=0))
+    select_layer: int = knob(Layer())
+    keep: int = knob(Integer())
+    exit_layer: int | None = knob(Layer(optional=True, may_be_end=True, drops=True), None)
+    shallow_sink: str = knob(Choice(tuple(SINKS)), "first")
 
-    def treatment(self, layer):
-        if layer >= self.shallow_mid_layer:
-            return Treatment()
-        return Treatment(SINKS[self.shallow_sink] if layer == 0 else Read.NO_IMAGE)
+    def treatments(self, num_layers):
+        return shallow_stage(self.shallow_mid_layer, num_layers, self.shallow_sink)
 
-    def looks(self, layer):
-        return layer > self.shallow_mid_layer
+    def looks_behind(self, num_layers):
+        return range(self.shallow_mid_layer + 1, num_layers)
 
     def measure(self, view):
         return view.shares()
@@ -58,20 +47,11 @@ class Schedule(Method):
         return LEAVE if layer + 1 == self.exit_layer else None
 
     def __post_init__(self):
-        check("keep", self.keep, is_int(self.keep, 0), "an integer from 0")
-        check("shallow_sink", self.shallow_sink, self.shallow_sink in SINKS, f"one of {list(SINKS)}")
-        layers = [self.shallow_mid_layer, self.select_layer, *([self.exit_layer] if self.exit_layer is not None else [])]
-        if not all(isinstance(layer, int) for layer in layers) or sorted({-1, *layers}) != [-1, *layers]:
-            raise PruningConfigError(
-                f"schedule: layers {self.shallow_mid_layer} < {self.select_layer} < {self.exit_layer} must ascend from 0"
-            )
+        super().__post_init__()
+        layers = [self.shallow_mid_layer, self.select_layer, *([] if self.exit_layer is None else [self.exit_layer])]
+        if layers != sorted(set(layers)):
+            raise PruningConfigError(f"pruning config of 'schedule': layers {layers} must ascend")
 
     def validate_for(self, num_layers, first_layer=0):
-        last = self.select_layer + 1 if self.exit_layer is None else self.exit_layer
-        if last > num_layers:
-            raise PruningConfigError(
-                f"schedule: layers {self.shallow_mid_layer} < {self.select_layer} < {self.exit_layer} must ascend "
-                f"within 0 … {num_layers}"
-            )
         check_first_layer("select_layer", self.select_layer, 1, first_layer)
-        return self
+        return super().validate_for(num_layers, first_layer)

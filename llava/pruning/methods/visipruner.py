@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..method import (
-    LEAVE,
-    Keep,
-    Method,
-    PruningConfigError,
-    Read,
-    Treatment,
-    check,
-    check_first_layer,
-    check_layer,
-    is_int,
-    is_number,
-    register,
-)
+from ..errors import PruningConfigError
+from ..knobs import Choice, Integer, Layer, Number, Subset, check_first_layer, knob, refuse
+from ..method import LEAVE, Keep, Method, Read, Treatment, register
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +24,12 @@ SINKS = {"first": Read.FIRST_SINK, "half": Read.HALF_SINK}
 
 # The shallow stage of LLaVA-1.5-7B (arXiv 2510.17205).
 PUBLISHED_BOUNDARY, PUBLISHED_LAYERS = 6, 32
+
+
+def shallow_stage(boundary: int, num_layers: int, sink: str) -> list[Treatment]:
+    """Layers below `boundary` where text reads no image, layer 0 by the rule `sink`; ordinary ones from there on."""
+    below = [Treatment(SINKS[sink]), *[Treatment(Read.NO_IMAGE)] * (boundary - 1)][:boundary]
+    return below + [Treatment()] * (num_layers - boundary)
 
 
 @register("visipruner")
@@ -66,100 +61,69 @@ class VisiPruner(Method):
             are checked by `validate_for`.
     """
 
-    mode: tuple[str, ...]
-    shallow_mid_layer: int | None = None
-    layer_threshold: float | None = None
-    tokens_threshold: float | None = None
-    mid_deep_layer: int | None = None
-    exit_threshold: float = 0.999
-    exit_patience: int = 2
-    shallow_sink: str | None = None
+    mode: tuple[str, ...] = knob(Subset(STAGES))
+    shallow_mid_layer: int | None = knob(Layer(optional=True), None)
+    layer_threshold: float | None = knob(Number(0, 1, optional=True), None)
+    tokens_threshold: float | None = knob(Number(0, optional=True), None)
+    mid_deep_layer: int | None = knob(Layer(optional=True), None)
+    exit_threshold: float = knob(Number(0, 1), 0.999)
+    exit_patience: int = knob(Integer(1), 2)
+    shallow_sink: str | None = knob(Choice(tuple(SINKS), optional=True), None)
 
     # -- the method ----------------------------------------------------------------------------------------------
 
-    def treatment(self, layer: int) -> Treatment:
-        if not self.shallow or layer >= self.shallow_mid_layer:  # type: ignore[operator]
-            return Treatment()
-        return Treatment(SINKS[self.shallow_sink or "first"] if layer == 0 else Read.NO_IMAGE)
+    def treatments(self, num_layers: int) -> Sequence[Treatment]:
+        if not self.shallow or self.shallow_mid_layer is None:
+            return [Treatment()] * num_layers
+        return shallow_stage(self.shallow_mid_layer, num_layers, self.shallow_sink or "first")
 
-    def looks(self, layer: int) -> bool:
-        return self.middle and layer > self.shallow_mid_layer  # type: ignore[operator]
+    def looks_behind(self, num_layers: int) -> Collection[int]:
+        if not self.middle or self.shallow_mid_layer is None:
+            return ()
+        return range(self.shallow_mid_layer + 1, num_layers)
 
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
-        selected = view.trace.select_layer is not None
-        return view.shares() if self.deep or not selected else None
+        return view.shares() if not view.trace.decisions or self.deep else None
 
     def decide(self, layer: int, measured: Mapping[str, np.ndarray] | None, trace: PruningTrace) -> Keep | None:
-        if self.deep and not self.middle:
-            return LEAVE if layer + 1 == self.mid_deep_layer else None
         if measured is None:
-            return None
-        if trace.select_layer is None:
+            leaves = layer + 1 == self.mid_deep_layer and self.deep and not self.middle
+            return LEAVE if leaves else None
+        select_layer = trace.select_layer
+        if select_layer is None:
             if (measured["cosine"] < self.layer_threshold).any():
                 return Keep(measured["norm"] > self.tokens_threshold)
             return None
-        behind = [smallest for at, smallest in trace.smallest_cosine.items() if at > trace.select_layer]
+        behind = [smallest for at, smallest in trace.smallest_cosine.items() if at > select_layer]
         quiet_layers = sum(not smallest < self.exit_threshold for smallest in behind)
         return LEAVE if quiet_layers >= self.exit_patience else None
 
     # -- its knobs -----------------------------------------------------------------------------------------------
 
     def __post_init__(self) -> None:
-        mode = self.mode
-        check("mode", mode, isinstance(mode, list | tuple), f"a list with any of {list(STAGES)}")
-        for stage in mode:
-            check("mode", mode, stage in STAGES, f"a list with any of {list(STAGES)}; {stage!r} is none of them")
-        object.__setattr__(self, "mode", tuple(stage for stage in STAGES if stage in mode))
-
-        for key in ("shallow_mid_layer", "mid_deep_layer"):
-            value = getattr(self, key)
-            check(key, value, value is None or is_int(value, 1), "an integer from 1 to L-1 (L layers)")
-        for key in ("layer_threshold", "exit_threshold"):
-            value = getattr(self, key)
-            absent = value is None and key == "layer_threshold"
-            check(
-                key,
-                value,
-                absent or (is_number(value) and 0 < value < 1),
-                "a number between 0 and 1, both excluded",
-            )
-        norm, patience, sink = self.tokens_threshold, self.exit_patience, self.shallow_sink
-        check("tokens_threshold", norm, norm is None or (is_number(norm) and norm > 0), "a number greater than 0")
-        check("exit_patience", patience, is_int(patience, 1), "an integer of at least 1")
-        check("shallow_sink", sink, sink is None or sink in SINKS, f"one of {list(SINKS)}")
-        self._check_needed()
-        if self.middle and self.mid_deep_layer is not None:
-            warnings.warn(
-                f"pruning config: 'mid_deep_layer' ({self.mid_deep_layer}) is ignored with stage 'middle': "
-                "the exit layer is found from the data",
-                stacklevel=3,
-            )
-
-    def _check_needed(self) -> None:
-        """Every key that the stages need is there, and the stages do not overlap."""
-        needed = []
-        if self.shallow or self.middle:
-            needed.append("shallow_mid_layer")
-        if self.middle:
-            needed += ["layer_threshold", "tokens_threshold"]
-        if self.deep and not self.middle:
-            needed.append("mid_deep_layer")
-        missing = [key for key in needed if getattr(self, key) is None]
+        super().__post_init__()
+        object.__setattr__(self, "mode", tuple(stage for stage in STAGES if stage in self.mode))
+        shallow, middle, deep = self.shallow, self.middle, self.deep
+        needed = {
+            "shallow_mid_layer": shallow or middle,
+            "layer_threshold": middle,
+            "tokens_threshold": middle,
+            "mid_deep_layer": deep and not middle,
+        }
+        missing = [key for key, is_needed in needed.items() if is_needed and getattr(self, key) is None]
         if missing:
             raise PruningConfigError(
                 f"pruning config: {', '.join(map(repr, missing))} missing; mode {list(self.mode)} needs it"
             )
-        if self.deep and not self.middle and self.shallow:
-            check(
-                "mid_deep_layer",
-                self.mid_deep_layer,
-                self.mid_deep_layer >= self.shallow_mid_layer,  # type: ignore[operator]
-                f"at least 'shallow_mid_layer' ({self.shallow_mid_layer}), or the stages overlap",
+        if shallow and deep and not middle and self.mid_deep_layer < self.shallow_mid_layer:  # type: ignore[operator]
+            least = f"at least 'shallow_mid_layer' ({self.shallow_mid_layer}), or the stages overlap"
+            refuse("mid_deep_layer", self.mid_deep_layer, least)
+        if middle and self.mid_deep_layer is not None:
+            warnings.warn(
+                f"pruning config: 'mid_deep_layer' ({self.mid_deep_layer}) is ignored with stage 'middle': "
+                "the exit layer is found from the data",
+                stacklevel=4,
             )
-
-    @classmethod
-    def hint_for(cls, key: str) -> str:
-        return f"it must be a list with any of {list(STAGES)}"
 
     @property
     def shallow(self) -> bool:
@@ -178,8 +142,7 @@ class VisiPruner(Method):
         return not self.mode
 
     def validate_for(self, num_layers: int, first_layer: int = 0) -> VisiPruner:
-        for key in ("shallow_mid_layer", "mid_deep_layer"):
-            check_layer(key, getattr(self, key), num_layers)
+        super().validate_for(num_layers, first_layer)
         if self.middle:
             # A selection happens behind layer shallow_mid_layer + 1 at the earliest.
             check_first_layer("shallow_mid_layer", self.shallow_mid_layer or 0, 2, first_layer)
@@ -188,12 +151,11 @@ class VisiPruner(Method):
         return self
 
     def bind(self, num_layers: int, model_path: str | None) -> VisiPruner:
-        return self._with(shallow_sink=self.sink_for(model_path, num_layers))
-
-    def _with(self, **knobs: Any) -> VisiPruner:
+        if not self.shallow or self.shallow_sink is not None:
+            return self
         with warnings.catch_warnings():  # said when the config was read
             warnings.simplefilter("ignore")
-            return replace(self, **knobs)
+            return replace(self, shallow_sink=self.sink_for(model_path, num_layers))
 
     def sink_for(self, model_path: str | None, num_layers: int) -> str:
         """The rule for layer 0: as written, else as the published code guesses it, else by depth.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..method import LEAVE, Method, check, check_first_layer, check_layer, is_int, register
+from ..knobs import Layer, knob
+from ..method import LEAVE, Method, register
 
 
 @register("vtw")
@@ -16,15 +17,7 @@ class VTW(Method):
         layer: k, the first layer that runs without the image, 1 … L; L is dense (published: 15 or 16 of 32).
     """
 
-    layer: int = 16
+    layer: int = knob(Layer(may_be_end=True, drops=True), 16)
 
     def decide(self, layer, measured, trace):
         return LEAVE if layer + 1 == self.layer else None
-
-    def __post_init__(self):
-        check("layer", self.layer, is_int(self.layer, 1), "an integer from 1 to L (L layers)")
-
-    def validate_for(self, num_layers, first_layer=0):
-        check_layer("layer", self.layer, num_layers, most=num_layers)
-        check_first_layer("layer", self.layer, 0, first_layer)
-        return self

@@ -1,0 +1,466 @@
+"""Pruning methods: their JSON, their registry, what a method may do, and that every family carries it out."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from family_models import FAMILIES, LAYERS, family_model
+from family_reference import GREEDY, Hidden, masks_hide, states_restored
+from golden_runs import GoldenCase, golden_model
+from naive import hide_rows
+from test_engine import make_model, make_prompt
+from transformers import CLIPVisionModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llava.pruning import (
+    LEAVE,
+    METHODS,
+    Keep,
+    Method,
+    PruningConfig,
+    PruningConfigError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+    keep_best,
+    methods,
+    prune,
+    register,
+)
+
+KNOBS = {
+    "fastv": {"layer": 2, "keep": 2},
+    "vtw": {"layer": 3},
+    "shortv": {"frozen_layers": [0, 2, 3]},
+    "random": {"keep": 5, "layer": 2},
+    "random before the decoder": {"method": "random", "keep": 0.5},
+    "pyramiddrop": {"layers": [1, 3], "keep": [0.5, 0.2], "positions": "keep"},
+}
+CONFIGS = {name: {"method": name, **knobs} for name, knobs in KNOBS.items()}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def registry():
+    """Methods that a test registers are gone behind it."""
+    before = dict(METHODS)
+    yield METHODS
+    METHODS.clear()
+    METHODS.update(before)
+
+
+# -- JSON and registry -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_json_reads_and_writes_back(name) -> None:
+    method = PruningConfig.from_any(json.dumps(CONFIGS[name]))
+    assert isinstance(method, METHODS[CONFIGS[name]["method"]])
+    assert {key: method.to_dict()[key] for key in CONFIGS[name]} == CONFIGS[name]
+    assert Method.from_any(json.dumps(method.to_dict())) == method
+
+
+def test_a_config_without_a_method_is_visipruner_as_published() -> None:
+    published = {"mode": ["deep"], "mid_deep_layer": 4}
+    assert Method.from_any(published) == Method.from_any({"method": "visipruner", **published})
+    assert "method" not in Method.from_any(published).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"method": "fastvv"}, ["'fastvv'", "did you mean 'fastv'?", "known are"]),
+        ({"method": "FastV"}, ["'FastV'", "did you mean 'fastv'?"]),
+        ({"method": 3}, ["unknown method 3", "known are"]),
+        ({"method": None}, ["unknown method None"]),
+        ({"method": "fastv", "layers": 2}, ["of 'fastv'", "'layers'", "known keys are layer, keep"]),
+        ({"method": "vtw", "mode": ["deep"]}, ["'mode'"]),
+        ({"method": "shortv"}, ["'frozen_layers' missing"]),
+        ({"method": "schedule", "select_layer": 3}, ["'shallow_mid_layer', 'keep' missing"]),
+        ({"method": "fastv", "layer": 0}, ["'layer' is 0", "from 1 to L-1"]),
+        ({"method": "fastv", "layer": True}, ["'layer' is True"]),
+        ({"method": "fastv", "keep": -1}, ["'keep' is -1"]),
+        ({"method": "fastv", "keep": 1.5}, ["'keep' is 1.5", "between 0 and 1"]),
+        ({"method": "random", "seed": "x"}, ["'seed' is 'x'"]),
+        ({"method": "vtw", "layer": 2.0}, ["'layer' is 2.0"]),
+        ({"method": "shortv", "frozen_layers": [1, 1]}, ["'frozen_layers' is [1, 1]", "different"]),
+        ({"method": "shortv", "frozen_layers": 3}, ["'frozen_layers' is 3"]),
+        ({"method": "pyramiddrop", "layers": [3, 2], "keep": [0.5, 0.2]}, ["'layers' is [3, 2]", "ascending"]),
+        ({"method": "pyramiddrop", "layers": [2, 3], "keep": [0.5]}, ["'keep' is [0.5]", "for each"]),
+        ({"method": "pyramiddrop", "positions": "new"}, ["'positions' is 'new'", "renumber"]),
+    ],
+)
+def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
+    with pytest.raises(PruningConfigError) as caught:
+        Method.from_any(config)
+    message = str(caught.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"method": "fastv", "layer": 12}, "'layer' is 12; it must be an integer from 1 to 11"),
+        ({"method": "vtw", "layer": 13}, "from 1 to 12 for this model of 12 layers"),
+        ({"method": "shortv", "frozen_layers": [3, 12]}, r"'frozen_layers' is \[3, 12\]; it must be a list of different layers from 0 to 11"),
+        ({"method": "random", "layer": 12}, "'layer' is 12"),
+        ({"method": "pyramiddrop"}, r"'layers' is \[8, 16, 24\]"),
+        ({"method": "schedule", "shallow_mid_layer": 2, "select_layer": 12, "keep": 3}, "'select_layer' is 12"),
+    ],
+)
+def test_layers_that_the_model_has_not_are_refused_before_work(config, words) -> None:
+    with pytest.raises(PruningConfigError, match=words), prune(golden_model("mha_a"), config):
+        pass
+
+
+def test_rows_that_a_model_still_needs_may_not_leave() -> None:
+    # Qwen3-VL's image features join up to layer 2.
+    for config in (CONFIGS["fastv"], CONFIGS["random"], CONFIGS["random before the decoder"], CONFIGS["pyramiddrop"]):
+        with (
+            pytest.raises(PruningConfigError, match="at least 3 for this model"),
+            prune(family_model("qwen3-vl"), config),
+        ):
+            pass
+
+
+def test_fastv_is_one_short_file_that_an_empty_registry_needs(registry) -> None:
+    assert len(inspect.getsource(inspect.getmodule(methods.FastV)).splitlines()) <= 40
+    registry.clear()
+    register("fastv")(methods.FastV)
+    assert Method.from_any({"method": "fastv"}) == methods.FastV()
+    with pytest.raises(PruningConfigError, match="known are fastv"):
+        Method.from_any({"mode": []})
+
+
+def test_another_package_brings_methods_by_an_entry_point(registry, tmp_path, monkeypatch) -> None:
+    # A package as pip would have installed it.
+    (tmp_path / "elsewhere.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from llava.pruning import LEAVE, Method, register\n"
+        "@register('gone')\n"
+        "@dataclass(frozen=True)\n"
+        "class Gone(Method):\n"
+        "    layer: int = 1\n"
+        "    def decide(self, layer, measured, trace):\n"
+        "        return LEAVE if layer + 1 == self.layer else None\n"
+    )
+    info = tmp_path / "elsewhere-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llava_visipruner.methods]\ngone = elsewhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, (rows, visual) = make_model(8), make_prompt("image first")
+    with prune(model, '{"method": "gone", "layer": 3}', visual_mask=visual[None]) as run:
+        model(inputs_embeds=rows[None])
+    assert run.traces[0].exit_layer == 3
+
+
+def test_a_name_is_given_once(registry) -> None:
+    class Other(Method):
+        pass
+
+    with pytest.raises(ValueError, match="'fastv' is registered already"):
+        register("fastv")(Other)
+    register("mine")(Other)
+    register("mine")(Other)  # a notebook's cell, run again
+
+
+# -- what a view shows -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Look(Method):
+    """Calls `at` with every view, and drops nothing."""
+
+    at: object
+
+    def looks_behind(self, num_layers):
+        return range(-1, num_layers)
+
+    def measure(self, view):
+        self.at(view)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("layout", ["image in the middle", "three images with text between"])
+def test_views_show_what_a_layer_saw_and_what_the_next_would(layout, kv_heads) -> None:
+    model = make_model(kv_heads)
+    rows, visual = make_prompt(layout)
+    asked = [int(visual.nonzero()[-1]), 3, len(rows) - 2]
+    seen = {}
+
+    def at(view):
+        seen[view.layer] = (
+            view.hidden,
+            None if view.layer < 0 else (view.attention(), view.attention(asked), view.keys),
+            None if view.layer == 7 else (view.next_attention(), view.next_attention(asked)),
+        )
+        assert torch.equal(torch.arange(len(rows))[view.visual], visual.nonzero()[:, 0])
+        assert torch.equal(view.text, (~visual).nonzero()[:, 0])
+
+    with prune(model, Look(at), visual_mask=visual[None]):
+        model(inputs_embeds=rows[None])
+    eager = make_model(kv_heads)
+    eager.set_attn_implementation("eager")
+    whole = eager(inputs_embeds=rows[None], output_attentions=True, output_hidden_states=True, use_cache=True)
+    for layer in range(-1, 8):
+        hidden, here, coming = seen[layer]
+        if layer < 7:  # transformers norms the last state
+            torch.testing.assert_close(hidden, whole.hidden_states[layer + 1][0], atol=1e-4, rtol=1e-3)
+        for weights, number in ((here, layer), (coming, layer + 1)):
+            if weights is not None:
+                expected = whole.attentions[number][0][:, :, visual]
+                torch.testing.assert_close(weights[0], expected[:, -1:], atol=1e-4, rtol=0)
+                torch.testing.assert_close(weights[1], expected[:, asked], atol=1e-4, rtol=0)
+        if here is not None:
+            torch.testing.assert_close(here[2], whole.past_key_values.layers[layer].keys[0], atol=1e-4, rtol=1e-3)
+
+
+# -- what a decision may do ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergeBehind(Method):
+    """Behind `layer` the first, last and third visual rows stay, in this order; the last becomes the mean of all."""
+
+    layer: int
+    renumber: bool = False
+
+    @property
+    def renumbers(self):
+        return self.renumber
+
+    def decide(self, layer, measured, trace):
+        if layer != self.layer:
+            return None
+        count = len(trace.alive)
+        merge = lambda states: torch.stack([states[0], states.mean(0), states[2]])  # noqa: E731
+        return Keep(np.array([0, count - 1, 2]), merge, groups={count - 1: np.arange(count)})
+
+
+def by_hand(model, hidden, positions, layers, past):
+    """Decoder layers over `hidden` `[rows, size]` at `positions`, rows before it in `past` (keys, values a layer)."""
+    decoder = model.get_decoder()
+    for number in layers:
+        layer = decoder.layers[number]
+        attention, normed = layer.self_attn, layer.input_layernorm(hidden[None])
+        cos, sin = decoder.rotary_emb(hidden[None], torch.as_tensor(positions[number])[None])
+        shape = (1, len(hidden), -1, attention.head_dim)
+        query, key = (getattr(attention, f"{name}_proj")(normed).view(shape).transpose(1, 2) for name in "qk")
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        value = attention.v_proj(normed).view(shape).transpose(1, 2)
+        if number in past:
+            key, value = torch.cat([past[number][0], key], 2), torch.cat([past[number][1], value], 2)
+        past[number] = key, value
+        groups = attention.num_key_value_groups
+        scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * attention.scaling
+        rows, keys = scores.shape[2:]
+        scores = scores.masked_fill(torch.ones(rows, keys, dtype=torch.bool).triu(keys - rows + 1), -torch.inf)
+        heads = scores.softmax(-1) @ value.repeat_interleave(groups, 1)
+        hidden = hidden + attention.o_proj(heads.transpose(1, 2).flatten(2))[0]
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden
+
+
+@pytest.mark.parametrize("renumber", [False, True], ids=["positions kept", "renumbered"])
+@pytest.mark.parametrize("behind", [-1, 3])
+@pytest.mark.parametrize("layout", ["image in the middle", "three images with text between"])
+def test_merged_rows_equal_the_decoder_run_by_hand(layout, behind, renumber) -> None:
+    model, (rows, visual) = make_model(2), make_prompt(layout)
+    count, where = len(rows), visual.nonzero()[:, 0]
+    output = model.generate(
+        inputs_embeds=rows[None],
+        visual_mask=visual[None],
+        pruning_config=MergeBehind(behind, renumber),
+        max_new_tokens=3,
+        **GREEDY,
+    )
+    (trace,) = model.last_pruning_traces
+
+    every = {layer: torch.arange(count) for layer in range(8)}
+    past: dict = {}
+    hidden = by_hand(model, rows, every, range(behind + 1), past)
+    states = hidden[where]
+    going = torch.cat([(~visual).nonzero()[:, 0], where[[0, 2, -1]]]).sort().values
+    left, positions = hidden[going].clone(), going.clone()
+    places = torch.isin(going, where).nonzero()[:, 0]
+    left[places] = torch.stack([states[0], states.mean(0), states[2]])
+    positions[places] = where[[0, -1, 2]]
+    if renumber:
+        positions = torch.arange(len(going))
+    behind_it = range(behind + 1, 8)
+    hidden = by_hand(model, left, dict.fromkeys(behind_it, positions), behind_it, past)
+    logits = []
+    for step in range(3):
+        logits.append(model.lm_head(model.get_decoder().norm(hidden[-1])))
+        token = logits[-1].argmax()
+        following = {layer: [(len(going) if renumber and layer > behind else count) + step] for layer in range(8)}
+        hidden = by_hand(model, model.get_input_embeddings()(token[None]), following, range(8), past)
+    torch.testing.assert_close(torch.stack(output.logits, dim=1)[0], torch.stack(logits), atol=1e-4, rtol=0)
+    (decision,) = trace.decisions
+    assert decision.positions.tolist() == where[[0, -1, 2]].tolist()
+    assert decision.groups == {int(where[-1]): where.tolist()}
+    assert trace.rows_per_layer == [count] * (behind + 1) + [len(going)] * (7 - behind)
+    assert trace.select_layer == behind and trace.kept_positions == sorted(where[[0, -1, 2]].tolist())
+
+
+def test_renumbered_and_other_prompts_share_a_batch() -> None:
+    model, config = make_model(2), {"method": "pyramiddrop", "layers": [2, 4], "keep": [0.5, 0.25]}
+    made = [make_prompt(layout, seed=seed) for seed, layout in enumerate(("image in the middle", "image first"))]
+    made.append((made[0][0][:9], torch.zeros(9, dtype=torch.bool)))
+    longest = max(len(rows) for rows, _ in made)
+    embeds, mask = torch.zeros(3, longest, 64), torch.zeros(3, longest, dtype=torch.bool)
+    attention = torch.zeros(3, longest, dtype=torch.long)
+    for number, (rows, visual) in enumerate(made):
+        embeds[number, -len(rows) :], mask[number, -len(rows) :], attention[number, -len(rows) :] = rows, visual, 1
+    configs = [config, {"method": "fastv", "layer": 2, "keep": 4}, config]
+    with prune(model, configs, visual_mask=mask):
+        together = model.generate(inputs_embeds=embeds, attention_mask=attention, max_new_tokens=6, **GREEDY)
+    for number, ((rows, visual), own) in enumerate(zip(made, configs, strict=True)):
+        with prune(model, own, visual_mask=visual[None]):
+            alone = model.generate(inputs_embeds=rows[None], max_new_tokens=6, **GREEDY)
+        assert together.sequences[number].tolist() == alone.sequences[0].tolist()
+        logits = [torch.stack(output.logits, dim=1) for output in (together, alone)]
+        torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+
+
+def test_three_halvings_are_three_decisions() -> None:
+    model, (rows, visual) = make_model(8), make_prompt("image in the middle")
+    config = {"method": "pyramiddrop", "layers": [2, 4, 6], "keep": [12, 6, 3]}
+    model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=config)
+    (trace,) = model.last_pruning_traces
+    assert [(one.layer, len(one.before), len(one.positions)) for one in trace.decisions] == [
+        (1, 24, 12),
+        (3, 12, 6),
+        (5, 6, 3),
+    ]
+    assert [set(trace.decisions[n + 1].positions) < set(trace.decisions[n].positions) for n in (0, 1)] == [True, True]
+    measured = trace.selection_measure("attention")
+    assert len(measured) == 24 and np.isnan(measured).sum() == 18
+    assert trace.selection_cosine is None and trace.select_layer == 5 and len(trace.kept_positions) == 3
+    json.dumps(trace.to_dict())
+
+
+# -- every family ----------------------------------------------------------------------------------------------------
+
+BATCH = [(4, "image", 3, "image", 5), (5, "image", 6), (9,)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_equals_a_full_length_run_of_the_unpatched_model(name, config) -> None:
+    model, inputs, knobs = family_model(name), FAMILIES[name].inputs(*BATCH), CONFIGS[config]
+    if FAMILIES[name].first_layer > 1 and config != "shortv" and config != "vtw":
+        knobs = {**knobs, **({"layers": [3, 4]} if "layers" in knobs else {"layer": 3})}
+    with prune(model, knobs) as run:
+        pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    hidden = [Hidden.from_trace(trace, inputs["input_ids"].shape[1], LAYERS) for trace in run.traces]
+    frozen = knobs.get("frozen_layers", [])
+    with masks_hide(model, hidden), states_restored(model, hidden, frozen):
+        reference = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    assert pruned.sequences.tolist() == reference.sequences.tolist()
+    torch.testing.assert_close(
+        torch.stack(pruned.logits, dim=1), torch.stack(reference.logits, dim=1), atol=1e-4, rtol=0
+    )
+    dense = model.generate(**inputs, max_new_tokens=1, **GREEDY)
+    change = (pruned.logits[0] - dense.logits[0]).abs().amax(dim=1)
+    assert (change[:2] > 1e-4).all() and change[2] < 1e-4
+    for trace, prompt in zip(run.traces, hidden, strict=True):
+        assert trace.rows_per_layer == (prompt.num_rows - prompt.gone.sum(1)).tolist()
+        updated = [rows - prompt.visual.sum() * (layer in frozen) for layer, rows in enumerate(trace.rows_per_layer)]
+        assert trace.updated_rows_per_layer == updated
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_may_leave_before_the_decoder_where_every_layer_can_do_without(name) -> None:
+    model, inputs = family_model(name), FAMILIES[name].inputs(*BATCH)
+    if FAMILIES[name].first_layer > 1:
+        pytest.skip("refused, see test_rows_that_a_model_still_needs_may_not_leave")
+    with prune(model, {"method": "random", "keep": 3}) as run:
+        pruned = model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+    hidden = [Hidden.from_trace(trace, inputs["input_ids"].shape[1], LAYERS) for trace in run.traces]
+    assert [len(set(trace.rows_per_layer)) for trace in run.traces] == [1, 1, 1]
+    with masks_hide(model, hidden, copies=2):
+        reference = model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+    assert pruned.tolist() == reference.tolist()
+
+
+# -- the vision tower ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ByClassToken(Method):
+    """Keep the patches that the class token attends to most, before the decoder."""
+
+    needs_tower = True
+    name = "class token"
+    keep: int = 40
+
+    def looks_behind(self, num_layers):
+        return {-1}
+
+    def measure(self, view):
+        return {"attention": torch.cat([picture.class_attention().mean(0) for picture in view.pictures])}
+
+    def decide(self, layer, measured, trace):
+        return keep_best(measured["attention"], self.keep) if measured else None
+
+
+def test_a_method_may_look_at_what_the_tower_made_of_the_picture() -> None:
+    case = GoldenCase.load("a_pixels_smd_7b")
+    model = case.model
+    output = model.generate(**case.inputs(), pruning_config=ByClassToken(), max_new_tokens=4, **GREEDY)
+    (trace,) = model.last_pruning_traces
+    # transformers' own weights of the layer that LLaVA reads, the last but one.
+    tower = next(module for module in model.modules() if isinstance(module, CLIPVisionModel))
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    weights = tower(case.pixels, output_attentions=True).attentions[-2][0, :, 0, 1:].mean(0)
+    tower.set_attn_implementation(before)
+    kept = trace.visual_positions[0] + weights.topk(40).indices.sort().values
+    assert trace.kept_positions == kept.tolist()
+    rows, visual = case.rows()
+    present = torch.ones(1, len(trace.rows_per_layer), len(rows), dtype=torch.bool)
+    present[:, :, visual] = False
+    present[:, :, kept] = True
+    with hide_rows(model, present, [0]):
+        reference = model.generate(inputs_embeds=rows[None], max_new_tokens=4, **GREEDY)
+    assert output.sequences.tolist() == reference.sequences.tolist()
+
+
+def test_a_tower_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match="'class token' needs a vision tower with a class token"):
+        prune(family_model("qwen2-vl"), ByClassToken()).__enter__()
+    case = GoldenCase.load("a_pixels_smd_7b")
+    rows, visual = case.rows()
+    with pytest.raises(UnsupportedCallError, match="0 crops for 1 images"):
+        case.model.generate(
+            inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=ByClassToken(), max_new_tokens=1
+        )
+
+
+def test_what_was_done_is_said_in_words() -> None:
+    model, (rows, visual) = make_model(8), make_prompt("image in the middle")
+    said = {}
+    for name, config in CONFIGS.items():
+        config = {**config, "keep": 6} if name == "random before the decoder" else config
+        model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=config)
+        said[name] = Method.from_any(config).describe(model.last_pruning_traces[0])
+    assert said == {
+        "fastv": "kept 2 of 24 visual tokens, selected at layer 1",
+        "vtw": "kept 0 of 24 visual tokens from layer 3 on",
+        "shortv": "kept all 24 visual tokens, not updated in 3 of 8 layers",
+        "random": "kept 5 of 24 visual tokens, selected at layer 1",
+        "random before the decoder": "kept 6 of 24 visual tokens, selected before the decoder",
+        "pyramiddrop": "kept 4 of 24 visual tokens, selected at layers 0, 2",
+    }
+    assert LEAVE.rows.size == 0
