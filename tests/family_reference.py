@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from naive import shallow_edit
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -123,27 +124,10 @@ def _zeroing_attention(module, query, key, value, attention_mask, scaling, **kwa
     layer, config = module.layer_idx, _shallow["config"]
     if query.shape[2] > 1 and layer < config.shallow_mid_layer:
         for sample, prompt in enumerate(_shallow["hidden"]):
-            if not prompt.visual.any():
-                continue
-            image = torch.zeros(weights.shape[-1], dtype=torch.bool)
-            image[prompt.padding :] = prompt.visual
-            columns = image.nonzero()[:, 0]
-            first = int(columns[0])
-            behind = torch.arange(weights.shape[-1]) > first
-            text = behind & ~image
-            own = weights[sample]  # [heads, rows, rows], a view
-            mass = own[:, :, columns].sum(-1)
-            if layer == 0:
-                own[:, image[:, None] & image[None, :]] = 0
-                if config.shallow_sink == "first":
-                    own[:, text[:, None] & image[None, :]] = 0
-                    own[:, text, first] = mass[:, text]
-                else:
-                    half = image.clone()
-                    half[columns[len(columns) // 2 :]] = False
-                    own[:, text[:, None] & half[None, :]] = 0
-            else:
-                own[:, text[:, None] & image[None, :]] = 0
+            if prompt.visual.any():
+                own = weights[sample, :, prompt.padding :, prompt.padding :]
+                rule = config.shallow_sink if layer == 0 else "none"
+                own.copy_(shallow_edit(own, prompt.visual, prompt.num_rows, rule))
     return (weights @ value).transpose(1, 2), weights
 
 

@@ -6,8 +6,6 @@ stage says so; pruned rows are masked out. Nothing here is shared with `llava.pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -111,42 +109,3 @@ def naive_generate(
         token = torch.tensor([result.tokens[-1]])
         hidden_all = torch.cat([hidden_all, decoder.embed_tokens(token)])
     return result
-
-
-@contextmanager
-def hide_rows(model: nn.Module, present: torch.Tensor, padding: list[int]) -> Iterator[None]:
-    """Run the unpatched model with 4-D masks of its own in every layer.
-
-    `present`: bool [batch, layers, rows], False on rows that a layer's keys must not show. Rows decoded later are
-    always there. `padding`: leading rows of every sample that are padding.
-    """
-
-    def mask_of(number: int):
-        def before(module, args, kwargs):
-            queries = args[0].shape[1]
-            past = kwargs["past_key_values"].get_seq_length(number) if kwargs.get("past_key_values") else 0
-            keys = past + queries
-            batch = args[0].shape[0]
-            shown = present.repeat_interleave(batch // len(present), dim=0)[:, number]
-            shown = torch.cat([shown, torch.ones(batch, max(0, keys - shown.shape[1]), dtype=torch.bool)], dim=1)
-            allowed = (torch.arange(keys) <= torch.arange(past, keys)[:, None])[None] & shown[:, None, :keys]
-            for sample in range(batch):
-                pad = padding[sample * len(padding) // batch]
-                allowed[sample, :, :pad] = False
-                allowed[sample, : max(0, pad - past), 0] = True  # padding rows must see something
-            mask = torch.zeros(allowed.shape, dtype=args[0].dtype).masked_fill(~allowed, torch.finfo(args[0].dtype).min)
-            kwargs["attention_mask"] = mask[:, None]
-            return args, kwargs
-
-        return before
-
-    decoder = model.get_decoder()
-    handles = [
-        layer.register_forward_pre_hook(mask_of(number), with_kwargs=True)
-        for number, layer in enumerate(decoder.layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,8 +9,8 @@ from naive import shallow_edit
 
 from llava.pruning import Read, Treatment, attention
 from llava.pruning.attention import Tally, attend_behind, attend_prompt, attend_with_lse, score_lse
-from llava.pruning.shares import measure_visual_shares
 from llava.pruning.rows import Rows
+from llava.pruning.shares import measure_visual_shares
 
 HEADS, DIM, SCALE = 6, 16, 0.25
 MASKS = {

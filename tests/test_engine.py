@@ -9,8 +9,8 @@ import weakref
 
 import pytest
 import torch
-from family_reference import Recorder
-from naive import NaiveResult, hide_rows, naive_generate
+from family_reference import Hidden, Recorder, masks_hide
+from naive import NaiveResult, naive_generate
 from transformers import DynamicCache, StaticCache
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -186,18 +186,9 @@ def test_equals_the_unpatched_model_whose_masks_hide_the_pruned_rows(mode, beams
     assert len(traces) == len(prompts)
 
     width = inputs["inputs_embeds"].shape[1]
-    present = torch.ones(len(prompts), NUM_LAYERS, width, dtype=torch.bool)
-    padding = [width - len(rows) for rows, _ in prompts]
-    for number, trace in enumerate(traces):
-        for layer in range(NUM_LAYERS):
-            gone = []
-            if trace.select_layer is not None and layer > trace.select_layer:
-                gone = [position for position in trace.visual_positions if position not in trace.kept_positions]
-            if trace.exit_layer is not None and layer >= trace.exit_layer:
-                gone = trace.visual_positions
-            present[number, layer, torch.tensor(gone, dtype=torch.long) + padding[number]] = False
+    hidden = [Hidden.from_trace(trace, width, NUM_LAYERS) for trace in traces]
     plain = {key: value for key, value in inputs.items() if key != "visual_mask"}
-    with hide_rows(model, present, padding):
+    with masks_hide(model, hidden, beams):
         masked = model.generate(**plain, **options)
     assert pruned.sequences.tolist() == masked.sequences.tolist()
     for mine, its in zip(pruned.logits, masked.logits, strict=True):

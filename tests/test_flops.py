@@ -6,7 +6,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava.pruning import PruningTrace, prune
-from llava.pruning.methods import Schedule
 from llava.pruning.flops import (
     DecoderShape,
     counter_mapping,
@@ -19,6 +18,7 @@ from llava.pruning.flops import (
     savings,
     vision_attention_saved,
 )
+from llava.pruning.methods import Schedule
 
 LLAVA_7B = DecoderShape(
     num_layers=32,

@@ -12,7 +12,6 @@ import torch
 from family_models import FAMILIES, LAYERS, family_model
 from family_reference import GREEDY, Hidden, masks_hide, states_restored
 from golden_runs import GoldenCase, golden_model
-from naive import hide_rows
 from test_engine import make_model, make_prompt
 from transformers import CLIPVisionModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -111,7 +110,10 @@ def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
     [
         ({"method": "fastv", "layer": 12}, "'layer' is 12; it must be an integer from 1 to 11"),
         ({"method": "vtw", "layer": 13}, "from 1 to 12 for this model of 12 layers"),
-        ({"method": "shortv", "frozen_layers": [3, 12]}, r"'frozen_layers' is \[3, 12\]; it must be a list of different layers from 0 to 11"),
+        (
+            {"method": "shortv", "frozen_layers": [3, 12]},
+            r"'frozen_layers' is \[3, 12\]; it must be a list of different layers from 0 to 11",
+        ),
         ({"method": "random", "layer": 12}, "'layer' is 12"),
         ({"method": "pyramiddrop"}, r"'layers' is \[8, 16, 24\]"),
         ({"method": "schedule", "shallow_mid_layer": 2, "select_layer": 12, "keep": 3}, "'select_layer' is 12"),
@@ -428,11 +430,9 @@ def test_a_method_may_look_at_what_the_tower_made_of_the_picture() -> None:
     tower.set_attn_implementation(before)
     kept = trace.visual_positions[0] + weights.topk(40).indices.sort().values
     assert trace.kept_positions == kept.tolist()
-    rows, visual = case.rows()
-    present = torch.ones(1, len(trace.rows_per_layer), len(rows), dtype=torch.bool)
-    present[:, :, visual] = False
-    present[:, :, kept] = True
-    with hide_rows(model, present, [0]):
+    rows, _ = case.rows()
+    hidden = Hidden.from_trace(trace, len(rows), len(trace.rows_per_layer))
+    with masks_hide(model, [hidden]):
         reference = model.generate(inputs_embeds=rows[None], max_new_tokens=4, **GREEDY)
     assert output.sequences.tolist() == reference.sequences.tolist()
 
