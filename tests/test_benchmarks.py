@@ -65,7 +65,7 @@ def test_ragged_prompts_are_left_padded_and_can_be_taken_alone():
 @pytest.mark.parametrize("layers", [(-1, 3, 5), (3, 3, 5), (2, 6, 5), (2, 3, 9)])
 def test_a_forced_schedule_out_of_order_is_refused(layers):
     shallow, select, leave = layers
-    with pytest.raises(PruningConfigError, match="must ascend|'(shallow_mid|exit)_layer' is"):
+    with pytest.raises(PruningConfigError, match=r"must ascend|'(shallow_mid|exit)_layer' is"):
         methods.Schedule(shallow, select, 5, leave).validate_for(8)
 
 

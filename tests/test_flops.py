@@ -145,7 +145,7 @@ def test_savings_agree_with_counts_and_know_prompts_without_images():
 
 
 def test_shortv_and_vtw_save_what_their_papers_formulas_say():
-    """ShortV's and VTW's count, two FLOPs a multiply-add; frozen: keys and values of all rows, the rest of text rows."""
+    """Two FLOPs a multiply-add; a frozen layer: keys and values of all rows, everything else of text rows alone."""
     model, batch = decoder(8), prompts((6, 40, 9))
     shape, text, rows = DecoderShape.of(model), 15, 55
     d, m = shape.hidden_size, shape.intermediate_size

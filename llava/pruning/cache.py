@@ -241,7 +241,7 @@ class RaggedLayer(DynamicLayer):
 def make_ragged(cache: DynamicCache) -> CacheLease:
     """Turn an empty `DynamicCache` into a ragged one, in place; layers come as they are filled. Returns its lease."""
     lease = CacheLease()
-    cache.layers, cache.layer_class_to_replicate = [], partial(RaggedLayer, lease)
+    cache.layers, cache.layer_class_to_replicate = [], partial(RaggedLayer, lease)  # type: ignore[assignment]
     return lease
 
 

@@ -132,7 +132,7 @@ class Adapter:
     decoder: Any
     family: Family
     wrappers: list[nn.Module] = field(default_factory=list)
-    layers: nn.ModuleList = field(init=False)
+    layers: Any = field(init=False)  # an nn.ModuleList, of layers that are typed nowhere
 
     def __post_init__(self) -> None:
         self.layers = self.decoder.layers

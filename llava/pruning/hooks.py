@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,8 +35,8 @@ from .errors import UnsupportedCallError
 from .families import Adapter, adapter_for
 from .flops import note_dense
 from .generation import Generation, refuse_unsupported
-from .method import Method, Treatment
-from .prefill import Prefill, Sample
+from .method import Method
+from .prefill import Plan, Prefill, Sample
 from .rows import Rows
 from .tower import TowerWatch
 from .trace import PruningTrace
@@ -101,12 +101,7 @@ class PruningRun:
     ):
         self.traces: list[PruningTrace] = []
         self._adapter = adapter
-        self._methods = methods  # one for all prompts, or one a prompt; None: dense
-        # Where nothing prunes, the model's own kernels run and only traces are kept.
-        self._prunes = any(method is not None for method in methods)
-        num_layers = len(adapter.layers)
-        self._treatments = [(method or Method()).treatments(num_layers) for method in methods]
-        self._looks = [(method or Method()).looks_behind(num_layers) for method in methods]
+        self._plans = [Plan.of(method, len(adapter.layers)) for method in methods]  # one for all prompts, or one each
         watching = [method.name for method in methods if method is not None and method.needs_tower]
         self._tower = TowerWatch(adapter.tower_layer(watching[0])) if watching else None
         self._visual_mask = visual_mask
@@ -117,8 +112,15 @@ class PruningRun:
         self._leases: weakref.WeakSet[CacheLease] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
 
+    @property
+    def _prunes(self) -> bool:
+        """Whether anything is pruned. Else the model's own kernels run, and only traces are kept."""
+        return any(plan.method is not None for plan in self._plans)
+
     def __repr__(self) -> str:
-        what = ", ".join(str(method.to_dict() if method else "dense") for method in self._methods)
+        what = ", ".join(
+            str(method.to_dict() if method else "dense") for method in (plan.method for plan in self._plans)
+        )
         return f"PruningRun({type(self._adapter.model).__name__}, {what}, {len(self.traces)} traces)"
 
     # -- on and off the model ------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class PruningRun:
         layers = self._adapter.layers
         for number, layer in enumerate(layers):
             on(layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True).remove)
-            if not all(treatments[number].update for treatments in self._treatments):
+            if not all(plan.treatments[number].update for plan in self._plans):
                 for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
                     on(part.register_forward_pre_hook(self._leave_frozen_out).remove)
                     on(part.register_forward_hook(self._give_frozen_zeros).remove)
@@ -210,7 +212,7 @@ class PruningRun:
         assert entering is not None
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            state = self._resume(cache, kwargs, entering.shape[1]) if self._prunes else None
+            state: Prefill | Decoding | None = self._resume(cache, kwargs, entering.shape[1]) if self._prunes else None
         else:
             given = next((mask for mask in (own_mask, self._visual_mask, call.visual) if mask is not None), None)
             visual = self._visual_rows(given, embeds is not None, *entering.shape[:2])
@@ -249,13 +251,13 @@ class PruningRun:
         padding = _padding(kwargs.get("attention_mask"), batch, width)
         num_drafts = call.head_rows - 1 if self._generation.is_assisted and call.head_rows else 0
         copies = self._generation.copies
-        if len(self._methods) not in (1, batch // copies):
-            raise UnsupportedCallError(f"{len(self._methods)} pruning configs were given for {batch // copies} prompts")
+        if len(self._plans) not in (1, batch // copies):
+            raise UnsupportedCallError(f"{len(self._plans)} pruning configs were given for {batch // copies} prompts")
         # Without a count, a stretch of visual rows is one image.
         rows_per_image = int(visual.sum()) // call.num_images if call.num_images else 0
         samples: list[Sample] = []
         for number, (mask, pad) in enumerate(zip(visual, padding, strict=True)):
-            which = number // copies if len(self._methods) > 1 else 0
+            which = number // copies if len(self._plans) > 1 else 0
             samples.append(self._sample(Rows.of_prompt(mask[pad:], num_drafts), which, rows_per_image, call))
             samples[-1].original = samples[number - number % copies] if number % copies else None
         self.traces = [sample.trace for sample in samples[::copies]]
@@ -282,15 +284,15 @@ class PruningRun:
         return state
 
     def _sample(self, rows: Rows, which: int, rows_per_image: int, call: _ModelCall) -> Sample:
-        """One prompt under method number `which`; one that nothing can be pruned in is dense."""
-        method, num_layers = self._methods[which], len(self._adapter.layers)
-        if method is not None and len(rows.visual) and rows.visual[-1] == rows.num_prompt - 1:
+        """One prompt under plan number `which`; one that nothing can be pruned in is dense."""
+        plan, num_layers = self._plans[which], len(self._adapter.layers)
+        if plan.method is not None and len(rows.visual) and rows.visual[-1] == rows.num_prompt - 1:
             warnings.warn(
                 "a prompt ends in a visual row, so nothing after the image can ask for it: it runs dense; "
                 "put text after the image",
                 stacklevel=2,
             )
-            method = None
+            plan = Plan.of(None, num_layers)
         trace = PruningTrace(
             num_rows=rows.num_prompt,
             visual_positions=rows.positions.tolist(),
@@ -303,9 +305,7 @@ class PruningRun:
             value_pairs=[0] * num_layers,
             lm_head_rows=call.head_rows,
         )
-        if method is None or not len(rows.visual):
-            return Sample(rows, None, [Treatment()] * num_layers, (), trace)
-        return Sample(rows, method, self._treatments[which], self._looks[which], trace)
+        return Sample(rows, plan if len(rows.visual) else Plan.of(None, num_layers), trace)
 
     def _lease_cache(
         self, kwargs: dict[str, Any], entering: torch.Tensor, samples: Sequence[Sample]
@@ -323,7 +323,7 @@ class PruningRun:
             )
         lease = make_ragged(cache)
         self._leases.add(lease)
-        lease.renumbered = [sample.method is not None and sample.method.renumbers for sample in samples]
+        lease.renumbered = [sample.plan.renumbers for sample in samples]
         lease.note_positions(kwargs.get("position_ids"), entering.shape[1], entering.device)
         return lease
 
@@ -333,7 +333,7 @@ class PruningRun:
             raise UnsupportedCallError(
                 "past_key_values was filled outside this prune block; prefill the whole prompt inside it"
             )
-        lease = cache.layers[0].lease  # type: ignore[attr-defined]
+        lease = cast(RaggedLayer, cache.layers[0]).lease
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = lease.following_positions(width)
         lease.note_positions(kwargs["position_ids"], width)
@@ -482,7 +482,8 @@ def prune(
         RuntimeError: a block is open on this model.
     """
     adapter = adapter_for(model)
-    methods = [_method_for(adapter, each) for each in (config if isinstance(config, list | tuple) else [config])]
+    configs: Sequence[Any] = config if isinstance(config, list | tuple) else [config]
+    methods = [_method_for(adapter, each) for each in configs]
     seat = _seat_of(adapter.decoder)
     run = PruningRun(adapter, methods, visual_mask, seat.lock)
     with seat.lock:

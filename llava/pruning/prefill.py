@@ -24,23 +24,43 @@ from .trace import Decision, PruningTrace
 from .view import Attended, ComingLayer, View
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a prompt's pruning before the prompt is.
+
+    Attributes:
+        method: decides; None: nothing is decided.
+        treatments: what each layer does with the image.
+        looks: layers behind which the method looks.
+    """
+
+    method: Method | None
+    treatments: Sequence[Treatment]
+    looks: Collection[int]
+
+    @classmethod
+    def of(cls, method: Method | None, num_layers: int) -> Plan:
+        if method is None:
+            return cls(None, [Treatment()] * num_layers, ())
+        return cls(method, method.treatments(num_layers), method.looks_behind(num_layers))
+
+    @property
+    def renumbers(self) -> bool:
+        return self.method is not None and self.method.renumbers
+
+
 @dataclass
 class Sample:
     """One prompt on its way through the layers.
 
     Attributes:
-        method: decides for it; None: nothing is decided (no image in the prompt, or dense).
-        treatments: what each layer does with its image.
-        looks: layers behind which the method looks.
         keep: what was decided behind the last layer and is not carried out yet.
         original: for a copy of a prompt (a beam), the first of its copies. It alone is measured and decides: beams
             take over each other's cache, so they must never differ, not even by rounding.
     """
 
     rows: Rows
-    method: Method | None
-    treatments: Sequence[Treatment]
-    looks: Collection[int]
+    plan: Plan
     trace: PruningTrace
     keep: Keep | None = None
     attended: Attended | None = None
@@ -97,7 +117,7 @@ class Prefill:
         self.updated = self._updated_rows(layer, hidden.device)
         for sample in self.samples:
             sample.trace.rows_per_layer.append(sample.rows.count)
-            frozen = 0 if sample.treatments[layer].update else len(sample.rows.visual)
+            frozen = 0 if sample.plan.treatments[layer].update else len(sample.rows.visual)
             sample.trace.updated_rows_per_layer.append(sample.rows.count - frozen)
         if self.lease is not None:
             self.lease.coming = counts
@@ -132,7 +152,8 @@ class Prefill:
         start = 0
         for number, sample in enumerate(self.samples):
             segment, start = slice(start, start + sample.rows.count), start + sample.rows.count
-            if sample.method is None or layer not in sample.looks or not self._asks(sample):
+            method = sample.plan.method
+            if method is None or layer not in sample.plan.looks or not self._asks(sample):
                 continue
             view = View(
                 layer,
@@ -143,7 +164,7 @@ class Prefill:
                 self._coming(layer + 1, segment),
                 sample.pictures if layer == BEFORE_DECODER else (),
             )
-            if measured := sample.method.measure(view):
+            if measured := method.measure(view):
                 measures[number] = dict(measured)
                 at = max(layer, 0)
                 sample.trace.score_pairs[at] += view.tally.scores
@@ -159,18 +180,18 @@ class Prefill:
     @staticmethod
     def _asks(sample: Sample) -> bool:
         """Whether a sample has a method of its own, and something left to decide about."""
-        return sample.method is not None and sample.original is None and len(sample.rows.visual) > 0
+        return sample.plan.method is not None and sample.original is None and len(sample.rows.visual) > 0
 
     def _coming(self, layer: int, segment: slice) -> ComingLayer:
         module = self.layers[layer] if layer < len(self.layers) else None
         return ComingLayer(module, tuple(part[:, segment] for part in self.position_embeddings))
 
     def _decide(self, sample: Sample, layer: int, measured: dict[str, np.ndarray] | None) -> None:
-        assert sample.method is not None
-        trace, rows = sample.trace, sample.rows
+        trace, rows, method = sample.trace, sample.rows, sample.plan.method
+        assert method is not None
         if measured and "cosine" in measured:
             trace.smallest_cosine[layer] = float(measured["cosine"].min())
-        keep = sample.method.decide(layer, measured, trace)
+        keep = method.decide(layer, measured, trace)
         if keep is None:
             return
         if layer + 1 < self.first_layer:
@@ -193,7 +214,9 @@ class Prefill:
         """Let the rows go that the samples' decisions drop, merge and number anew where they say so."""
         if all(sample.keep is None for sample in self.samples):
             return hidden
-        sources, merged, start = [], [], 0
+        sources: list[np.ndarray] = []
+        merged: list[tuple[int, Rows, torch.Tensor]] = []
+        start = 0
         for sample in self.samples:
             rows, keep = sample.rows, sample.keep
             source = np.arange(rows.count)
@@ -201,7 +224,7 @@ class Prefill:
                 left, source = rows.keeping(keep.rows)
                 if keep.merge is not None:
                     states = keep.merge(hidden[0, start : start + rows.count][rows.visual_index(hidden.device)])
-                    merged.append((sum(map(len, sources)), left, states))
+                    merged.append((sum(len(source) for source in sources), left, states))
                 sample.rows, sample.keep = left, None
             sources.append(source + start)
             start += rows.count
@@ -210,7 +233,7 @@ class Prefill:
         hidden = _select_rows(hidden, everyone)
         for begin, left, states in merged:
             hidden[0, begin : begin + left.count][left.visual_index(hidden.device)] = states.to(hidden.dtype)
-        if any(sample.method is not None and sample.method.renumbers for sample in self.samples):
+        if any(sample.plan.renumbers for sample in self.samples):
             self._number_anew(everyone, hidden)
         else:
             self.position_embeddings = tuple(_select_rows(part, everyone) for part in self.position_embeddings)
@@ -227,9 +250,7 @@ class Prefill:
         kept = _select_rows(self.position_ids, survivors)[0].split(self.counts)
         self.position_ids = torch.cat(
             [
-                torch.arange(len(own), device=own.device, dtype=own.dtype)
-                if sample.method is not None and sample.method.renumbers
-                else own
+                torch.arange(len(own), device=own.device, dtype=own.dtype) if sample.plan.renumbers else own
                 for sample, own in zip(self.samples, kept, strict=True)
             ]
         )[None]
@@ -239,11 +260,11 @@ class Prefill:
 
     def _updated_rows(self, layer: int, device: torch.device) -> torch.Tensor | None:
         """Packed indices of the rows that `layer` updates; None: all of them."""
-        if all(sample.treatments[layer].update for sample in self.samples):
+        if all(sample.plan.treatments[layer].update for sample in self.samples):
             return None
         frozen, start = [], 0
         for sample in self.samples:
-            if not sample.treatments[layer].update:
+            if not sample.plan.treatments[layer].update:
                 frozen.append(sample.rows.visual + start)
             start += sample.rows.count
         updated = np.setdiff1d(np.arange(start), np.concatenate(frozen), assume_unique=True)
@@ -256,7 +277,7 @@ class Prefill:
 
         Returns `[1, rows of all samples, heads, head_dim]`.
         """
-        treatments = [sample.treatments[layer] for sample in self.samples]
+        treatments = [sample.plan.treatments[layer] for sample in self.samples]
         together = None
         if len(self.samples) > 1 and set(treatments) == {Treatment()} and varlen.is_usable(query):
             if self._segments is None:
@@ -277,7 +298,7 @@ class Prefill:
             sample.trace.score_pairs[layer] += tally.scores
             sample.trace.value_pairs[layer] += tally.values
             sample.trace.visual_rows_read.append(treatment.read.visible(len(rows.visual)))
-            if layer in sample.looks and self._asks(sample):
+            if layer in sample.plan.looks and self._asks(sample):
                 sample.attended = Attended(*own, output, scale)
         if together is not None:
             return together.transpose(0, 1)[None]

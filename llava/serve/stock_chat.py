@@ -72,8 +72,7 @@ class StockCheckpoint(Checkpoint):
         file = self.source.folder / FILE_NAME
         config = PruningConfig.from_any(f"@{file}" if given is None and file.is_file() else given)
         config = config or PruningConfig.for_model(self._adapter.model)
-        config.validate_for(self.num_layers)
-        self._adapter.validate(config)
+        config.validate_for(self.num_layers, self._adapter.first_layer)
         return config
 
     def read_picture(self, source: str | Path | Image.Image) -> Picture:

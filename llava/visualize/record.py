@@ -335,7 +335,7 @@ def _before_rotation(attention: Any, name: str) -> nn.Module:
 def _reading(layer: int, kwargs: dict[str, Any]) -> Read:
     """What a prune block lets this prompt read in `layer`."""
     state = kwargs.get("forward_state")
-    return Read.ALL if not isinstance(state, Prefill) else state.samples[0].treatments[layer].read
+    return Read.ALL if not isinstance(state, Prefill) else state.samples[0].plan.treatments[layer].read
 
 
 def _weights(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
