@@ -87,3 +87,9 @@ def test_no_prompt_length_or_patch_count_is_written_into_the_package():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, int):
                 assert node.value not in (35, 576, 611), f"{path}:{node.lineno}"
+
+
+def test_one_place_chooses_the_dtype_of_mixed_precision():
+    # A dtype written down elsewhere is slow on some processor: bfloat16 is on those without instructions for it.
+    users = [path for path in SOURCES if "autocast(" in path.read_text(encoding="utf-8").replace("fast_autocast(", "")]
+    assert users == [ROOT / "llava" / "utils.py"]
