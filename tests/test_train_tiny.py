@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from tiny_llava.train import Run, Stage
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.utils import fast_autocast, fast_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,6 +130,20 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
         assert torch.equal(value, resumed.learner.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(("instructions", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_computes_in_bfloat16_only_where_the_processor_has_instructions_for_it(
+    monkeypatch, instructions, dtype
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    assert fast_dtype(cpu) == dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fast_autocast(cpu):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
 def test_stages_train_what_they_say(tmp_path: Path) -> None:
     run = Run(tmp_path, (Stage("align", 1, 2, 1e-2),))
     before = {name: value.clone() for name, value in run.learner.state_dict().items()}
@@ -198,10 +215,12 @@ def test_paired_difference_counts_what_changes() -> None:
     assert cost["interval95"] == [-1.24, 13.24]  # 6 ± 1.96 · sqrt((0.14 − 0.06²) / 100), in points
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # its bound is its steps, on a machine of any speed
 def test_smoke_run_learns(tmp_path: Path) -> None:
     """The whole program, in little: the answers' loss at least halves, easy-VQA goes from nothing to over 30 %."""
     command = [sys.executable, str(ROOT / "scripts" / "train_tiny.py"), "--smoke", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=ROOT, timeout=400)
+    subprocess.run(command, check=True, cwd=ROOT)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [entry["answer"] for entry in entries if "answer" in entry]
     assert losses[-1] < losses[0] / 2
