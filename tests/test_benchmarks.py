@@ -1,7 +1,7 @@
 """The benchmarks compare what they say they compare, and leave behind what they say."""
 
 import json
-import shutil
+from functools import partialmethod
 
 import pytest
 import torch
@@ -112,10 +112,10 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_benchmark_prints_and_writes_its_figures(name, tmp_path, capsys):
+def test_every_benchmark_prints_and_writes_its_figures(name, tmp_path, capsys, monkeypatch):
     benchmark, own = RUNS[name]
-    if name == "layers" and not shutil.which("g++"):
-        pytest.skip("torch.compile on a CPU needs a C++ compiler")
+    # What torch's compiler writes in C++ is torch's; the `eager` backend needs no compiler and half a minute less.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     benchmark.main([*SMALL, *own, "--output", str(tmp_path)])
     assert "random weights" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
