@@ -7,13 +7,16 @@ QUESTION ?= What shape is in the image?
 python := $(VENV)/bin/python
 # -qq: errors only, no warnings
 pip := $(python) -m pip install -qq --disable-pip-version-check
+# A process a core; more than eight wait for memory. A free one takes tests from a busy one.
+parallel := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-oldest lint format clean
+.PHONY: help demo test test-rest test-all test-oldest notebooks lint format clean
 
 help:
 	@echo "make demo    install into $(VENV) and ask the shipped model about a shipped picture, with pruning on"
-	@echo "make test    install what the tests need and run them"
-	@echo "make test-oldest   the engine's tests on the oldest transformers that is supported"
+	@echo "make test    install what the tests need and run them, a few minutes on two cores"
+	@echo "make test-all    the same and what takes longer: training, all notebooks, the oldest transformers"
+	@echo "make notebooks   build and run the notebooks of visualization/ from their sources"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove $(VENV) and caches"
@@ -28,12 +31,22 @@ demo: $(VENV)/installed
 	@echo "Chat about it:  $(python) -m llava.serve.cli_pruning --image-file $(IMAGE)"
 
 test: $(VENV)/installed-dev
-	@bash scripts/install_test_browser.sh || echo "No browser for the page tests: they are skipped."
-	$(python) -m pytest
+	@bash scripts/install_test_browser.sh
+	$(python) -m pytest $(parallel) -m "not slow"
+
+# What `make test` leaves out
+test-rest: $(VENV)/installed-dev
+	$(python) -m pytest $(parallel) -m slow
+	$(MAKE) test-oldest
+
+test-all: test test-rest
 
 # The engine and every family on the oldest transformers that is supported
 test-oldest: $(VENV)/installed-dev
-	sh scripts/test_oldest_transformers.sh $(python)
+	sh scripts/test_oldest_transformers.sh $(python) $(parallel)
+
+notebooks: $(VENV)/installed-dev
+	$(python) scripts/build_notebooks.py
 
 lint: $(VENV)/installed-dev
 	$(python) -m ruff check .

@@ -26,7 +26,7 @@ def chromium(width: int = 1100) -> Iterator:
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     server = shutil.which("chromedriver")
     if not program or not server:
-        pytest.skip("no Chromium with chromedriver; scripts/install_test_browser.sh installs it (Debian, as root)")
+        pytest.skip("no Chromium with chromedriver (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     for flag in FLAGS:

@@ -95,4 +95,4 @@ def torchrun(processes: int) -> tuple[str, ...]:
 
 
 def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, **kwargs)

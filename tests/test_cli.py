@@ -448,7 +448,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
         os.execv(sys.executable, [str(arg) for arg in (*argv, "--max-new-tokens", 4000)])
     seen, read_to = "", 0
 
-    def until(text: str, seconds: float = 300, press: bytes = b"") -> None:
+    def until(text: str, seconds: float = 600, press: bytes = b"") -> None:
         """Read on until the terminal has shown ``text`` after what was waited for before; press the key meanwhile."""
         nonlocal seen, read_to
         deadline = time.monotonic() + seconds

@@ -26,13 +26,13 @@ def _run(script, folder, **variables):
     settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     env |= settings | {key: str(value) for key, value in variables.items()}
     return subprocess.run(
-        ["bash", str(script)], cwd=folder, env=env, capture_output=True, text=True, timeout=500, check=False
+        ["bash", str(script)], cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False
     )
 
 
 @pytest.mark.parametrize("name", sorted(BENCHMARKS.keys() - {"mme"}))
 def test_pruned_script_ends_with_a_score_the_dense_one_and_what_was_saved(name, tmp_path):
-    """A dozen questions each; MME's whole set is the next test's."""
+    """A dozen questions each; a whole set is the next test's."""
     results = tmp_path / "results"
     ended = _run(SCRIPTS / "visiPruner_eval" / f"{name}.sh", tmp_path, RESULTS=results, LIMIT=12)
     assert ended.returncode == 0, ended.stderr
@@ -47,17 +47,37 @@ def test_pruned_script_ends_with_a_score_the_dense_one_and_what_was_saved(name, 
     assert not list(tmp_path.glob("*.jsonl"))
 
 
-def test_whole_benchmark_in_two_processes_then_nothing_to_do(tmp_path):
-    results = tmp_path / "results"
+@pytest.fixture
+def a_users_mme(tmp_path):
+    """A folder as LLaVA's eval.zip leaves it: two of MME's tasks, six pictures each, two questions a picture."""
+    mini, root = DATA / "mini" / "MME", tmp_path / "eval" / "MME"
+    questions = read_jsonl(mini / "llava_mme.jsonl")
+    chosen = [q for task in ("existence", "OCR") for q in [q for q in questions if q["category"] == task][:12]]
+    root.mkdir(parents=True)
+    (root / "llava_mme.jsonl").write_text("".join(json.dumps(question) + "\n" for question in chosen))
+    for name in {question["image"] for question in chosen}:
+        picture = Path("MME_Benchmark_release_version") / name
+        # MME keeps questions beside the picture in some tasks, in a folder of their own in others.
+        questions_of = picture.parents[1] / "questions_answers_YN" / f"{picture.stem}.txt"
+        for path in (picture, picture.with_suffix(".txt"), questions_of):
+            if (mini / path).exists():
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(mini / path, root / path)
+    return root.parent
+
+
+def test_whole_benchmark_in_two_processes_then_nothing_to_do(a_users_mme, tmp_path):
+    settings = {"RESULTS": tmp_path / "results", "DATA": a_users_mme, "MODEL": SHIPPED_MODEL_PATH}
     script = SCRIPTS / "visiPruner_eval" / "mme.sh"
-    ended = _run(script, tmp_path, RESULTS=results, PROCESSES=2, BATCH_SIZE=16, DENSE="no")
+    ended = _run(script, tmp_path, PROCESSES=2, BATCH_SIZE=16, **settings)
     assert ended.returncode == 0, ended.stderr
-    assert "300 of 300 answers" in ended.stdout and "Perception" in ended.stdout and "PARTIAL" not in ended.stdout
-    (folder,) = results.glob("mme/mini/tiny_llava/pruned-*")
+    assert f"mme, eval data in {a_users_mme}" in ended.stdout and "dense, this model" not in ended.stdout
+    assert "24 of 24 answers" in ended.stdout and "Perception" in ended.stdout and "PARTIAL" not in ended.stdout
+    (folder,) = (tmp_path / "results").glob("mme/eval/tiny_llava/pruned-*")
     # MME's own script reads these.
-    assert {path.name for path in (folder / "results").iterdir()} >= {"existence.txt", "OCR.txt"}
-    again = _run(script, tmp_path, RESULTS=results, DENSE="no")
-    assert again.returncode == 0 and "Nothing to do: all 300 answers" in again.stdout
+    assert {path.name for path in (folder / "results").iterdir()} == {"existence.txt", "OCR.txt"}
+    again = _run(script, tmp_path, **settings)
+    assert again.returncode == 0 and "Nothing to do: all 24 answers" in again.stdout
 
 
 def test_dense_script(tmp_path):
@@ -67,11 +87,10 @@ def test_dense_script(tmp_path):
 
 
 def test_missing_data_says_what_is_expected_where(tmp_path):
-    for script in ("eval/gqa.sh", "visiPruner_eval/gqa.sh"):
-        ended = _run(SCRIPTS / script, tmp_path, DATA=tmp_path / "nowhere")
-        assert ended.returncode == 2
-        assert ended.stderr.startswith("error: ") and "gqa/llava_gqa_testdev_balanced.jsonl" in ended.stderr
-        assert "gqa/data/images/" in ended.stderr and "Traceback" not in ended.stderr
+    ended = _run(SCRIPTS / "eval" / "gqa.sh", tmp_path, DATA=tmp_path / "nowhere")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ") and "gqa/llava_gqa_testdev_balanced.jsonl" in ended.stderr
+    assert "gqa/data/images/" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_bad_pruning_config_ends_the_script_with_one_error(tmp_path):
@@ -85,11 +104,12 @@ def test_scripts_are_shellcheck_clean_and_strict(script):
     assert shellcheck, "pip install -e '.[dev]' brings shellcheck"
     checked = subprocess.run([shellcheck, "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
-    if script.parent != SCRIPTS:
-        text = script.read_text()
-        assert "set -euo pipefail" in text
-        variables = ["MODEL", "DATA", "BATCH_SIZE"] + ["PRUNING_CONFIG"] * ("visiPruner" in str(script))
-        assert all(re.search(rf"^{variable}=", text, re.MULTILINE) for variable in variables)
+    defaults = re.findall(r"^(\w+)=\$\{\1:-", script.read_text(), re.MULTILINE)
+    if script.parent == SCRIPTS:
+        everyone, pruned = {"MODEL", "DATA", "BATCH_SIZE", "RESULTS", "LIMIT", "PROCESSES"}, {"PRUNING_CONFIG", "DENSE"}
+        assert set(defaults) == everyone | pruned
+    else:
+        assert not defaults and "set -euo pipefail" in script.read_text()
 
 
 # --- which data ---

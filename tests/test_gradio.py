@@ -182,7 +182,7 @@ def address(model, pictures):
     page.close()
 
 
-def until(driver, script, timeout=90):
+def until(driver, script, timeout=600):
     """Wait for a script to return something true, and return it."""
     end = time.monotonic() + timeout
     while not (value := driver.execute_script(script)):

@@ -117,7 +117,7 @@ def evaluate(
         "HF_HOME": str(output / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     (results,) = output.rglob("*_results.json")
     samples = {}

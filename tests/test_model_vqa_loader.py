@@ -279,7 +279,7 @@ def test_two_runs_at_once_on_one_file_are_refused(whole, model, bench, tmp_path)
     path.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:3]))
     with subprocess.Popen(
         [*program()[:1], "-c", f"import fcntl,time; f=open({str(path)!r},'a'); fcntl.lockf(f,fcntl.LOCK_EX); "
-         "print('locked',flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True
+         "print('locked',flush=True); time.sleep(600)"], stdout=subprocess.PIPE, text=True
     ) as other:  # fmt: skip
         assert other.stdout.readline() == "locked\n"
         try:
@@ -315,7 +315,7 @@ def _written(answers: Path) -> int:
 
 def _kill_after(processes, answers: Path, new_lines: int, delay: float) -> None:
     """SIGKILL all once so many more lines are there (or they are through)."""
-    goal, patience = _written(answers) + new_lines, time.monotonic() + 120
+    goal, patience = _written(answers) + new_lines, time.monotonic() + 600
     while _written(answers) < goal and any(p.is_alive() for p in processes) and time.monotonic() < patience:
         time.sleep(0.002)
     time.sleep(delay)
@@ -388,7 +388,7 @@ def test_a_signal_ends_after_the_batch_with_130_and_the_command_that_goes_on(mod
         while not (path.exists() and _written(path) >= 2) and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, number)  # as a terminal or a scheduler does it
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert (

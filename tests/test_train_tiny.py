@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from tiny_llava.train import Run, Stage
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.utils import fast_autocast, fast_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,6 +107,7 @@ def test_generated_answers_agree_with_teacher_forcing(encoder: Encoder, tmp_path
     """`evaluate` counts an answer as right exactly where greedy generation gives it."""
     stage = Stage("joint", 6, 4, 3e-3, easy=1.0)
     run = Run(tmp_path / "run", (stage,))
+    run.report = lambda batches: {}  # type: ignore[assignment,misc]
     run.run(every=1e9)
     export(run.learner, run.tokenizer, tmp_path / "model")
     shipped = Shipped(str(tmp_path / "model"))
@@ -118,13 +122,29 @@ def test_generated_answers_agree_with_teacher_forcing(encoder: Encoder, tmp_path
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     stages = (Stage("tower", 3, 2, 1e-3), Stage("language", 2, 2, 1e-3), Stage("joint", 2, 2, 1e-3))
     whole = Run(tmp_path / "whole", stages)
+    report, whole.report = whole.report, lambda batches: report(1)  # type: ignore[assignment,misc]
     whole.run(every=1e9)
     Run(tmp_path / "parts", stages[:2]).run(every=1e9)
     resumed = Run(tmp_path / "parts", stages)
     assert resumed.stage == 2
+    resumed.report = lambda batches: {}  # type: ignore[assignment,misc]  # what is measured disturbs nothing
     resumed.run(every=1e9)
     for name, value in whole.learner.state_dict().items():
         assert torch.equal(value, resumed.learner.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_computes_in_bfloat16_only_where_the_processor_has_instructions_for_it(
+    monkeypatch, instructions, dtype
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    assert fast_dtype(cpu) == dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fast_autocast(cpu):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_stages_train_what_they_say(tmp_path: Path) -> None:
@@ -198,10 +218,20 @@ def test_paired_difference_counts_what_changes() -> None:
     assert cost["interval95"] == [-1.24, 13.24]  # 6 ± 1.96 · sqrt((0.14 − 0.06²) / 100), in points
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # its bound is its steps, on a machine of any speed
 def test_smoke_run_learns(tmp_path: Path) -> None:
     """The whole program, in little: the answers' loss at least halves, easy-VQA goes from nothing to over 30 %."""
-    command = [sys.executable, str(ROOT / "scripts" / "train_tiny.py"), "--smoke", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=ROOT, timeout=400)
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "train_tiny.py"),
+        "--smoke",
+        "--every",
+        "1e9",
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run(command, check=True, cwd=ROOT)
     entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [entry["answer"] for entry in entries if "answer" in entry]
     assert losses[-1] < losses[0] / 2

@@ -12,6 +12,8 @@ from collections.abc import Container, Iterable
 
 import torch
 
+from llava.utils import fast_autocast
+
 from .data import Batch
 from .model import Learner
 
@@ -53,7 +55,7 @@ def evaluate(
     device = before.device
     for batch in batches:
         moved = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with fast_autocast(device):
             logits, _, _ = logits_of(learner, before, moved, blind)
         wrong = (logits.argmax(-1) != moved.targets) & (moved.targets != -100)
         for row, tasks in enumerate(batch.tasks):

@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from llava.utils import processor_name
+from llava.utils import fast_autocast, processor_name
 
 from .data import Batch, Encoder, easy_batches, held_out_batch, picture_batch, word_batch
 from .evaluate import evaluate, logits_of, summary
@@ -188,7 +188,7 @@ class Run:
         return min(warm, max(0.0, (stage.steps - self.step) / (stage.decay * stage.steps)))
 
     def _loss(self, stage: Stage, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with fast_autocast(self.device):
             if stage.kind == "tower":
                 loss = patch_loss(self.learner.patch_logits(self.learner.features(batch.pixels)), batch.labels)
                 return loss, {"patch": loss.detach()}

@@ -1,7 +1,19 @@
 # shellcheck shell=bash
-# What the scripts in eval/ (dense) and visiPruner_eval/ (pruned) share. They set the variables and call run_benchmark.
+# What the scripts in eval/ (dense) and visiPruner_eval/ (pruned) share: their settings, and run_benchmark.
+# One process a GPU; without a GPU, the CPU. Started again, a script goes on where it stopped.
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+
+# Settings, each taken from the environment where it is set there.
+MODEL=${MODEL:-}                              # folder or hub id; empty: the shipped model on mini data, else LLaVA-1.5-7B
+DATA=${DATA:-}                                # folder that eval.zip was unpacked into; empty: playground/data/eval, else mini
+BATCH_SIZE=${BATCH_SIZE:-8}                   # questions asked at once by each process
+RESULTS=${RESULTS:-$ROOT/playground/results}  # folder for answers and scores
+LIMIT=${LIMIT:-}                              # only the first so many questions
+PROCESSES=${PROCESSES:-}                      # empty: as many as there are GPUs in CUDA_VISIBLE_DEVICES, else one
+# Of the pruned runs:
+PRUNING_CONFIG=${PRUNING_CONFIG:-} # JSON or @file; empty: the model's own, else the published one
+DENSE=${DENSE:-auto}               # run dense too: yes, no, auto (on mini data only)
 
 # The project's own environment (`make demo` makes it), unless another is active or PYTHON is set.
 find_python() {
@@ -35,7 +47,7 @@ answer() {
     --question-file "$questions" \
     --image-folder "$images" \
     --answers-file "$folder/answers.jsonl" \
-    --batch-size "${BATCH_SIZE:-1}" \
+    --batch-size "$BATCH_SIZE" \
     "$@" &
   # In the background and waited for, so that a signal reaches this shell while it runs.
   local child=$! status=0
@@ -54,21 +66,21 @@ run_benchmark() {
   python=$(find_python)
   export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
   local data=() config=()
-  [[ -n ${DATA:-} ]] && data=(--data "$DATA")
-  [[ -n ${PRUNING_CONFIG:-} ]] && config=(--pruning-config "$PRUNING_CONFIG")
-  plan=$("$python" -m llava.eval.benchmarks plan "$benchmark" --model "${MODEL:-}" \
+  [[ -n $DATA ]] && data=(--data "$DATA")
+  [[ -n $PRUNING_CONFIG ]] && config=(--pruning-config "$PRUNING_CONFIG")
+  plan=$("$python" -m llava.eval.benchmarks plan "$benchmark" --model "$MODEL" \
     ${data[@]+"${data[@]}"} ${config[@]+"${config[@]}"})
   # Not mapfile: the bash of macOS has none.
   while IFS= read -r line; do fields+=("$line"); done <<<"$plan"
   local root=${fields[0]} kind=${fields[1]} model=${fields[2]} questions=${fields[3]} images=${fields[4]}
-  local pruning=${fields[5]} results=${RESULTS:-$ROOT/playground/results}
-  local dense_folder=$results/${fields[6]} pruned_folder=$results/${fields[7]} processes=${fields[8]}
+  local pruning=${fields[5]}
+  local dense_folder=$RESULTS/${fields[6]} pruned_folder=$RESULTS/${fields[7]} processes=${fields[8]}
   processes=${PROCESSES:-$processes}
 
   echo "Benchmark  $benchmark, $kind data in $root"
   echo "Model      $model"
   local partial=()
-  [[ -n ${LIMIT:-} ]] && set -- --limit "$LIMIT" "$@" && partial=(--allow-partial)
+  [[ -n $LIMIT ]] && set -- --limit "$LIMIT" "$@" && partial=(--allow-partial)
 
   if [[ $way == dense ]]; then
     echo "Dense      $dense_folder"
@@ -81,7 +93,7 @@ run_benchmark() {
   echo "Config     $pruning"
   answer "$pruned_folder" --pruning-config "$pruning" --trace-file "$pruned_folder/traces.jsonl" "$@"
   # The dense run beside it takes moments on the small benchmarks and hours on the real ones.
-  if [[ ${DENSE:-auto} == yes || (${DENSE:-auto} == auto && $kind == mini) ]]; then
+  if [[ $DENSE == yes || ($DENSE == auto && $kind == mini) ]]; then
     answer "$dense_folder" "$@"
   fi
   "$python" -m llava.eval.benchmarks score "$benchmark" --data "$root" --model "$model" \
