@@ -19,14 +19,14 @@ import torch
 import llava
 from llava.constants import SHIPPED_MODEL_PATH
 from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
-from llava.eval.files import read_jsonl, to_json, write_whole
+from llava.eval.files import read_jsonl, to_json
 from llava.eval.scoring import Scores, show
 from llava.eval.traces import PruningSummary
 from llava.mm_utils import get_model_name_from_path
 from llava.model.recommended import PUBLISHED as PUBLISHED_CONFIG
 from llava.model.recommended import recommended_config
 from llava.pruning import PruningConfig
-from llava.utils import UserError, run_main
+from llava.utils import UserError, run_main, write_whole
 
 DATA = Path(llava.__file__).parents[1] / "playground" / "data"
 #: What LLaVA users unpack its ``eval.zip`` into, and the small benchmarks that come with the project.

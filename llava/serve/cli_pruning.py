@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llava.serve.options import add_model_options, add_pruning_option
-from llava.serve.text import clean_text
+from llava.options import add_model_options, add_pruning_option
+from llava.utils import clean_text
 
 
 def main(argv: Sequence[str] | None = None, *, can_prune: bool = True) -> int:

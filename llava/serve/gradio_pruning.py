@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 try:
@@ -25,20 +24,14 @@ except ImportError as missing:
     raise SystemExit("error: the web chat needs gradio; install the extra: pip install -e '.[web]'") from missing
 
 from llava.images import load_image
+from llava.inference import Answer, GenerationOptions, LoadedModel, LoadOptions, open_checkpoint
+from llava.options import add_model_options, add_pruning_option
 from llava.pruning import PruningConfig
-from llava.serve.chat import (
-    Answer,
-    ChatModel,
-    ChatSession,
-    GenerationOptions,
-    LoadOptions,
-    describe,
-)
-from llava.serve.options import add_model_options, add_pruning_option
-from llava.serve.stock_chat import open_checkpoint
+from llava.serve.chat import ChatSession
+from llava.serve.describe import describe
 from llava.utils import UserError, run_main
 from llava.visualize.draw import overlay_kept
-from llava.visualize.geometry import kept_in_words, patch_maps
+from llava.visualize.patches import kept_in_words, kept_rows, patch_maps
 
 MAX_UPLOAD = "20mb"
 MAX_PIXELS = 25_000_000
@@ -75,7 +68,7 @@ class WebSession:
 class WebChat:
     """What the page's controls do. Holds the model; everything of a user is in the `WebSession`."""
 
-    def __init__(self, model: ChatModel, examples: dict[str, Path]) -> None:
+    def __init__(self, model: LoadedModel, examples: dict[str, Path]) -> None:
         self.model = model
         self.examples = examples
         self.recommended = model.checkpoint.pruning_config()
@@ -232,13 +225,9 @@ class WebChat:
         newest = pictures[-1]
         if answer.trace is None or not answer.visual_tokens:
             return newest.image, ""
-        patches = patch_maps(self.model.checkpoint, session.chat.last_prompt(), pictures)[-1]
+        patches = patch_maps(self.model.checkpoint, session.chat.last_prompt())[-1]
         # Pictures are spliced in order, so the newest one's rows are the last.
-        positions = answer.trace.visual_positions[-len(patches.boxes) :]
-        if answer.trace.select_layer is None:
-            kept = np.full(len(positions), answer.trace.exit_layer is None)
-        else:
-            kept = np.isin(positions, answer.trace.kept_positions)
+        kept = kept_rows(answer.trace)[-len(patches.boxes) :]
         if not patches.is_known:
             return newest.image, f" · {kept_in_words(kept)}"
         return overlay_kept(newest.image, patches, kept), ""
@@ -403,10 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")
-    given = PruningConfig.from_any(args.pruning_config)
     checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = checkpoint.pruning_config(given)
-    model = ChatModel(checkpoint, LoadOptions.of_arguments(args))
+    config = checkpoint.pruning_config(args.pruning_config)
+    model = LoadedModel(checkpoint, LoadOptions.of_arguments(args))
     web = WebChat(model, example_pictures())
     web.recommended = config
     launch(web, args.host, args.port, share=args.share)

@@ -1,4 +1,4 @@
-"""Command-line options that the chats and the report page share. No slow import: --help does not wait for torch."""
+"""Command-line options that several programs share. No slow import: --help does not wait for torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llava.constants import SHIPPED_MODEL_PATH
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, where and how; all but the first three are the fields of `llava.serve.chat.LoadOptions`."""
+    """Which model, where and how; all but the first three are the fields of `llava.inference.LoadOptions`."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model-path",
