@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-import llava
 from llava.constants import SHIPPED_MODEL_PATH
 from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
 from llava.eval.files import read_jsonl, to_json
@@ -28,7 +27,7 @@ from llava.model.recommended import recommended_config
 from llava.pruning import PruningConfig
 from llava.utils import UserError, run_main, write_whole
 
-DATA = Path(llava.__file__).parents[1] / "playground" / "data"
+DATA = Path(__file__).parents[2] / "playground" / "data"
 #: What LLaVA users unpack its ``eval.zip`` into, and the small benchmarks that come with the project.
 REAL, MINI = "eval", "mini"
 DEFAULT_MODEL = "liuhaotian/llava-v1.5-7b"
