@@ -90,10 +90,8 @@ def test_the_benchmark_runner_takes_transformers_families(stock, tmp_path) -> No
     more = ["--pruning-config", json.dumps(STOCK_CONFIG), "--num-workers", 2]
     for size in (1, 5):
         path = tmp_path / f"{size}.jsonl"
-        argv = arguments(
-            stock, bench, path, *more, path.with_suffix(".trace"), "--batch-size", size, "--num-workers", 2
-        )
-        assert model_vqa_loader.main(argv) == 0
+        own = ["--batch-size", size, "--trace-file", path.with_suffix(".trace")]
+        assert model_vqa_loader.main(arguments(stock, bench, path, *more, *own)) == 0
     assert without_ids(tmp_path / "1.jsonl") == without_ids(tmp_path / "5.jsonl")
     traces = [read_lines(tmp_path / f"{size}.trace") for size in (1, 5)]
     assert [each["kept_positions"] for each in traces[0]] == [each["kept_positions"] for each in traces[1]]
