@@ -22,7 +22,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from llava.constants import SHIPPED_MODEL_PATH
 from llava.eval.benchmarks import BENCHMARKS, published
 from llava.eval.files import move_aside, sha256_of, to_json, to_jsonl
 from llava.eval.prompts import PromptBatch, prompt_batches
@@ -31,6 +30,7 @@ from llava.eval.run_files import answer_record
 from llava.eval.scoring import cell, mean, show
 from llava.eval.traces import PruningSummary, trace_record
 from llava.inference import Answer, Checkpoint, GenerationOptions, LoadedModel, LoadOptions, Responder, open_checkpoint
+from llava.options import add_model_options, from_arguments
 from llava.pruning import PruningConfig, PruningTrace
 from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops
 from llava.utils import UserError, processor_name, run_main, write_whole
@@ -161,6 +161,7 @@ def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantised_to": "8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
         "hardware": torch.cuda.get_device_name(model.device) if is_cuda else processor_name(),
         "threads": torch.get_num_threads(),
         "batch_size": args.batch_size,
@@ -316,9 +317,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Compare a model dense and under pruning configs.")
-    parser.add_argument("--model-path", default=str(SHIPPED_MODEL_PATH), help="default: the model that ships")
-    parser.add_argument("--model-base")
-    parser.add_argument("--conv-mode")
+    add_model_options(parser)
     parser.add_argument(
         "--benchmark", action="append", choices=BENCHMARKS, default=[], help="may be given several times"
     )
@@ -336,9 +335,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-workers", type=int)
     parser.add_argument("--limit", type=int, help="only the first so many questions of each benchmark")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--attn-implementation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for report and answers")
     args = parser.parse_args(argv)
@@ -361,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if moved:
             print(f"Moved aside: {moved}")
     torch.manual_seed(args.seed)
-    loaded = LoadedModel(checkpoint, LoadOptions.of_arguments(args))
+    loaded = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     report: dict[str, Any] = {"about": about(args, loaded.model), "benchmarks": {}}
     for name in names:
         report["benchmarks"][name] = compare(args, name, loaded, configs, out)

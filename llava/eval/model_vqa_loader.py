@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -43,6 +44,7 @@ from llava.inference import Answer, GenerationOptions, LoadedModel, LoadOptions,
 from llava.inference.processes import device_of, join_processes
 from llava.model import checkpoint as checkpoints
 from llava.model.builder import check_device, default_device, parse_dtype
+from llava.options import add_generation_options, add_model_options, from_arguments
 from llava.utils import UserError, run_main
 
 EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 130
@@ -55,25 +57,17 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description="Answer a benchmark's question file with a LLaVA model, pruned or dense.")
-    parser.add_argument("--model-path", required=True, help="folder or hub id of the checkpoint")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    add_model_options(parser, required=True)
     parser.add_argument("--image-folder", required=True, help="folder that the question file's images are in")
     parser.add_argument("--question-file", required=True, help="questions (jsonl)")
     parser.add_argument("--answers-file", required=True, help="answers (jsonl) to write or to go on with")
-    parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own, else by its name)")
     parser.add_argument("--num-chunks", type=int, default=1, help="split the questions by hand into this many parts")
     parser.add_argument("--chunk-idx", type=int, default=0, help="and answer this one, from 0")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top_p", "--top-p", type=float, help="nucleus of sampling, with --temperature > 0")
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    add_generation_options(parser, max_new_tokens=128)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--pruning-config", help="JSON or @file; without it the model runs dense")
     parser.add_argument("--batch-size", type=int, default=1, help="questions asked at once by each process")
     parser.add_argument("--num-workers", type=int, help="threads that read pictures ahead, in each process")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the first of cuda, mps, cpu)")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on cpu, else float16)")
-    parser.add_argument("--attn-implementation", help="sdpa (default), eager or flash_attention_2")
     parser.add_argument("--limit", type=int, help="answer only the first so many questions")
     parser.add_argument("--no-resume", action="store_true", help="move existing answers to *.bak-<time> and begin anew")
     parser.add_argument("--trace-file", help="also write what was pruned, one line a question (jsonl)")
@@ -146,7 +140,7 @@ class _Run:
     def __init__(self, args: argparse.Namespace, processes: PartialState) -> None:
         self.args, self.processes = args, processes
         self.failures: list[tuple[Question, str]] = []
-        self.options = GenerationOptions(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+        self.options = from_arguments(GenerationOptions, args)
         for flag in ("batch_size", "limit"):
             value = getattr(args, flag)
             if value is not None and value < 1:
@@ -231,6 +225,7 @@ class _Run:
             "pruning config": self.config.to_dict() if self.config else None,
             "conversation template": self.checkpoint.conv_mode,
             "dtype": self.dtype,
+            "quantised to": "8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
             "temperature": args.temperature,
             "top_p": args.top_p,
             "beams": args.num_beams,
@@ -259,7 +254,7 @@ class _Run:
         if not mine:
             return 0
         args = self.args
-        place = LoadOptions(self.device, self.dtype, attn_implementation=args.attn_implementation)
+        place = replace(from_arguments(LoadOptions, args), device=self.device, dtype=self.dtype)
         responder = Responder(LoadedModel(self.checkpoint, place), self.config, self.options, args.batch_size)
         progress = _Progress(len(mine), disable=not self.processes.is_main_process)
         with stop, progress:

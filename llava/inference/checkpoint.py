@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,6 @@ class LoadOptions:
     load_8bit: bool = False
     load_4bit: bool = False
     attn_implementation: str | None = None
-
-    @classmethod
-    def of_arguments(cls, args: Any) -> LoadOptions:
-        """From a command line with options of the fields' names; what it does not offer stays as it is."""
-        return cls(**{option.name: getattr(args, option.name) for option in fields(cls) if hasattr(args, option.name)})
 
 
 @dataclass(frozen=True)

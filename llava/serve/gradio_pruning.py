@@ -25,7 +25,7 @@ except ImportError as missing:
 
 from llava.images import load_image
 from llava.inference import Answer, GenerationOptions, LoadedModel, LoadOptions, open_checkpoint
-from llava.options import add_model_options, add_pruning_option
+from llava.options import add_model_options, add_pruning_option, from_arguments
 from llava.pruning import PruningConfig
 from llava.serve.chat import ChatSession
 from llava.serve.describe import describe
@@ -394,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")
     checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
     config = checkpoint.pruning_config(args.pruning_config)
-    model = LoadedModel(checkpoint, LoadOptions.of_arguments(args))
+    model = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     web = WebChat(model, example_pictures())
     web.recommended = config
     launch(web, args.host, args.port, share=args.share)

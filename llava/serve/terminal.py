@@ -23,6 +23,7 @@ from rich.text import Text
 
 from llava.inference import Answer, Checkpoint, GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
 from llava.model.builder import check_device, parse_dtype
+from llava.options import from_arguments
 from llava.pruning import PruningConfig
 from llava.serve.chat import ChatSession, Comparison
 from llava.serve.describe import describe, rows_in_words
@@ -88,7 +89,7 @@ def _report(error: Exception, debug: bool) -> int:
 
 def _run(args: argparse.Namespace, can_prune: bool) -> int:
     # Everything that can be wrong is looked at before any weight is read.
-    options = GenerationOptions(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+    options = from_arguments(GenerationOptions, args)
     if args.device is not None:
         check_device(args.device)
     if args.dtype is not None:
@@ -130,7 +131,7 @@ def _one_shot_question(args: argparse.Namespace) -> str | None:
 def _load(checkpoint: Checkpoint, args: argparse.Namespace) -> LoadedModel:
     if sys.stderr.isatty():
         print(f"Loading {clean_text(checkpoint.name)} …", file=sys.stderr)  # the loader draws a bar for large ones
-    return LoadedModel(checkpoint, LoadOptions.of_arguments(args))
+    return LoadedModel(checkpoint, from_arguments(LoadOptions, args))
 
 
 @contextmanager

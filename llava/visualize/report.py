@@ -30,7 +30,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from llava.inference import LoadedModel, LoadOptions, Turn, open_checkpoint
-from llava.options import add_model_options, add_pruning_option
+from llava.options import add_model_options, add_pruning_option, from_arguments
 from llava.pruning.flops import vision_attention_saved
 from llava.utils import UserError, run_main, write_whole
 
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = checkpoint.read_picture(args.image)
     checkpoint.encode([Turn(args.question, [picture])])
 
-    chat = LoadedModel(checkpoint, LoadOptions.of_arguments(args))
+    chat = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     runs = {"pruned": observe(chat, picture, args.question, config, max_new_tokens=args.max_new_tokens)}
     if args.compare:
         runs["dense"] = observe(chat, picture, args.question, max_new_tokens=args.max_new_tokens)
