@@ -180,7 +180,7 @@ class _Run:
         answers = self.answers.open_part(rank)
         traces = self.traces.open_part(rank) if self.traces else None
         try:
-            status = self._answer(mine, len(pending), answers, traces, stop)
+            status = self._answer(mine, answers, traces, stop)
         finally:
             answers.close()
             if traces:
@@ -250,7 +250,7 @@ class _Run:
             "transformers": transformers.__version__,
         }
 
-    def _answer(self, mine: list[Question], pending: int, answers: Any, traces: Any, stop: _StopRequest) -> int:
+    def _answer(self, mine: list[Question], answers: Any, traces: Any, stop: _StopRequest) -> int:
         if not mine:
             return 0
         args = self.args

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 # Weights are hashed whole up to this size; of larger files the fingerprint takes evenly spaced samples.
 _HASHED_WHOLE = 64 << 20
 _SAMPLES, _SAMPLE_SIZE = 64, 1 << 16
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
+_MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "tokenizer.model")
 
 
 # --- answers ---
