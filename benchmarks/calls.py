@@ -44,7 +44,8 @@ class CallCounter:
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_name.startswith("<"):
             return
-        name = f"{Path(code.co_filename).relative_to(PACKAGE)}:{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}"
+        function = getattr(code, "co_qualname", code.co_name)  # qualified from Python 3.11 on
+        name = f"{Path(code.co_filename).relative_to(PACKAGE)}:{function}"
         self.all[name] += 1
         self.before[name] += self._is_before
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+import tempfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the scorers start without torch
     import torch
+
+# Marks that turn the direction of text around: harmless in a sentence, a way to fake one in a terminal.
+_BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class UserError(ValueError):
@@ -77,3 +83,36 @@ def fast_autocast(device: torch.device) -> torch.autocast:
 
     dtype = fast_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def clean_text(text: str) -> str:
+    """``text`` without what a terminal would obey: control characters (but newline and tab) and bidi controls."""
+    return "".join(
+        char for char in text if char in "\n\t" or not (unicodedata.category(char) == "Cc" or char in _BIDI_CONTROLS)
+    )
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write ``text`` beside ``path`` and rename it: the file is the old one or the new one, never half of it.
+
+    Raises:
+        UserError: the folder or the file cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp gives a file to its owner alone; this one has the rights of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -8,8 +8,8 @@ import argparse
 import json
 
 from llava.eval.eval_gqa import to_predictions
-from llava.eval.files import read_answers, write_whole
-from llava.utils import run_main
+from llava.eval.files import read_answers
+from llava.utils import run_main, write_whole
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,12 +26,14 @@ from transformers import PreTrainedTokenizerFast
 from visual_helpers import noise
 
 from llava.images import load_image
+from llava.inference import Answer, Clock, GenerationOptions, LoadedModel, Turn, checkpoint, open_checkpoint
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.pruning import PruningTrace
-from llava.serve import chat, cli, cli_pruning, terminal
-from llava.serve.chat import Answer, ChatModel, ChatSession, Checkpoint, GenerationOptions, describe
-from llava.serve.text import clean_text
+from llava.pruning import Cause, Decision, PruningConfig, PruningTrace
+from llava.serve import cli, cli_pruning, terminal
+from llava.serve.chat import ChatSession
+from llava.serve.describe import describe
+from llava.utils import clean_text
 
 LAYERS = 6
 # Selects somewhere, keeps some tokens of a random model and drops others.
@@ -74,8 +77,8 @@ def picture(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder) -> ChatModel:
-    return ChatModel(Checkpoint(folder))
+def model(folder) -> LoadedModel:
+    return LoadedModel(open_checkpoint(folder))
 
 
 @pytest.fixture
@@ -229,7 +232,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_weights_are_read(capsys, f
     def read_weights(*_args, **_kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(chat, "load_pretrained_model", read_weights)
+    monkeypatch.setattr(checkpoint, "load_pretrained_model", read_weights)
     extra, message = BAD[case]
     code, out, err = run(capsys, "--model-path", folder, "--image-file", picture, "--question", "what is this", *extra)
     assert (code, out) == (2, "")
@@ -238,7 +241,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_weights_are_read(capsys, f
 
 
 def test_bad_pictures_are_found_before_weights_are_read(capsys, folder, picture, tmp_path, monkeypatch):
-    monkeypatch.setattr(chat, "load_pretrained_model", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr(checkpoint, "load_pretrained_model", lambda *a, **k: pytest.fail("weights were read"))
     (tmp_path / "truncated.png").write_bytes(picture.read_bytes()[:300])
     (tmp_path / "text.png").write_text("no picture")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "large.png")
@@ -270,7 +273,7 @@ def test_a_one_shot_needs_question_and_picture(capsys, folder, picture, monkeypa
 
 def test_the_published_config_is_the_default_and_must_fit(capsys, tmp_path, picture):
     deep = write_original(tmp_path / "deep", tiny_model(tiny_config(num_hidden_layers=8)))
-    assert Checkpoint(deep).pruning_config().to_dict() == {
+    assert open_checkpoint(deep).pruning_config().to_dict() == {
         "mode": ["shallow", "middle", "deep"],
         "shallow_mid_layer": 6,
         "layer_threshold": 0.995,
@@ -336,7 +339,7 @@ def test_answers_end_before_the_context_does(model, picture):
     session = ChatSession(model, None, GenerationOptions(max_new_tokens=10_000))
     session.add_picture(picture)
     room = 6
-    fill = model.checkpoint.context_len - room - model.checkpoint.encode([chat.Turn("", session.waiting)]).num_rows
+    fill = model.checkpoint.context_len - room - model.checkpoint.encode([Turn("", session.waiting)]).num_rows
     answer = session.ask("what " * fill)
     assert (answer.new_tokens, answer.finish) == (room, "length")
 
@@ -488,8 +491,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
 
 
 def answer_with(trace: PruningTrace | None, mode=("shallow", "middle", "deep")) -> Answer:
-    config = chat.PruningConfig(mode, 2, 0.995, 0.2, 3 if "middle" not in mode else None)
-    return Answer("x", config, trace, {"paper": 0.25, "executed": 0.125}, 6, 20, 8, 3, 0.5, 1.5, "stop")
+    config = PruningConfig(mode, 2, 0.995, 0.2, 3 if "middle" not in mode else None)
+    saved = {"paper": 0.25, "executed": 0.125}
+    return Answer("x", (5, 6, 2), "stop", config, trace, saved, 6, 20, 8, Clock(1, 3, 0.5, 1.5))
 
 
 KEPT = "kept 1 of 8 visual tokens, selected at layer 3"
@@ -520,7 +524,14 @@ LINES = [
 @pytest.mark.parametrize(("mode", "trace", "expected"), LINES)
 def test_the_line_after_an_answer(mode, trace, expected):
     stages = tuple(name for name in ("shallow", "middle", "deep") if name[0] in mode)
-    made = PruningTrace(num_rows=20, visual_positions=list(range(4, 12)), rows_per_layer=[20] * 6, **trace)
+    made = PruningTrace(num_rows=20, visual_positions=list(range(4, 12)), rows_per_layer=[20] * 6)
+    made.smallest_cosine = trace.get("smallest_cosine", {})
+    for layer, cause, kept in (
+        (trace.get("select_layer"), Cause.SELECTION, trace.get("kept_positions", [])),
+        (trace.get("exit_layer", 0) - 1, Cause.EXIT, []),
+    ):
+        if layer is not None and layer >= 0:
+            made.decisions.append(Decision(layer, cause, np.array(kept, dtype=int), {}, {}, made.alive))
     pruning, *rest = describe(answer_with(made, stages)).split(" · ")
     assert pruning == expected
     assert rest == ["FLOPs saved 25.0% (paper), 12.5% (executed)", "first token 500 ms", "2.0 tokens/s"]

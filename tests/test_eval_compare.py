@@ -73,8 +73,7 @@ def test_dense_kv_bytes_by_hand(compared):
     import torch
 
     config = types.SimpleNamespace(num_key_value_heads=2, head_dim=6)
-    model = types.SimpleNamespace(config=config, dtype=torch.float32)
-    assert compare.kv_bytes([10, 10, 4], model) == 24 * 2 * 2 * 6 * 4
+    assert compare.kv_bytes([10, 10, 4], config, torch.float32) == 24 * 2 * 2 * 6 * 4
 
 
 def test_clock_figures_are_there_for_every_run(compared):

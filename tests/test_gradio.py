@@ -15,8 +15,8 @@ pytest.importorskip("gradio")
 
 from browser import chromium
 
+from llava.inference import LoadedModel, open_checkpoint
 from llava.serve import gradio_pruning
-from llava.serve.chat import ChatModel, Checkpoint
 from llava.serve.gradio_pruning import PictureFile, WebChat, launch
 from llava.utils import UserError
 
@@ -27,7 +27,7 @@ NUMBERS = (PRUNING["shallow_mid_layer"], PRUNING["layer_threshold"], PRUNING["to
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = write_checkpoint(tmp_path_factory.mktemp("web") / "model", word_tokenizer((HOSTILE,)))
-    return ChatModel(Checkpoint(folder))
+    return LoadedModel(open_checkpoint(folder))
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_the_kept_patches_are_those_of_the_newest_picture(web, pictures):
 def test_settings_are_private_by_default(monkeypatch):
     seen = {}
     monkeypatch.setattr(gradio_pruning, "launch", lambda web, host, port, share: seen.update(host=host, share=share))
-    monkeypatch.setattr(gradio_pruning, "ChatModel", lambda checkpoint, options: None)
+    monkeypatch.setattr(gradio_pruning, "LoadedModel", lambda checkpoint, options: None)
     monkeypatch.setattr(
         gradio_pruning, "open_checkpoint", lambda *args: type("C", (), {"pruning_config": lambda s, g=None: 0})()
     )

@@ -23,7 +23,7 @@ from tiny_stock import write_stock
 from llava.constants import SHIPPED_MODEL_PATH
 from llava.eval.eval_mme import judge, read_truth, score_mme
 from llava.eval.eval_textvqa import normalize, soft_scores
-from llava.serve.chat import ChatModel, Checkpoint, GenerationOptions, LoadOptions, Turn
+from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 PYTHON = os.environ.get("LMMS_EVAL_PYTHON") or (sys.executable if find_spec("lmms_eval") else None)
@@ -170,7 +170,7 @@ def test_the_shipped_benchmarks(tmp_path) -> None:
     results, samples = evaluate(tasks_folder, tasks, str(SHIPPED_MODEL_PATH), 4, tmp_path / "out")
 
     mini = REPOSITORY / "playground" / "data" / "mini"
-    chat = ChatModel(Checkpoint(SHIPPED_MODEL_PATH), LoadOptions(device="cpu"))
+    chat = LoadedModel(open_checkpoint(SHIPPED_MODEL_PATH), LoadOptions(device="cpu"))
     checkpoint = chat.checkpoint
     config, answers = checkpoint.pruning_config(), []
     texts: dict[str, list[dict]] = {}

@@ -26,7 +26,7 @@ from llava.mm_utils import (
 )
 from llava.model.builder import load_tokenizer
 from llava.utils import UserError
-from llava.visualize.geometry import patch_map
+from llava.visualize.patches import patch_map
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "conversation_prompts.json").read_text())["templates"]
 V16_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

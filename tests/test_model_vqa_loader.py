@@ -28,10 +28,10 @@ from eval_helpers import (
     write_model,
 )
 
-from llava.eval import answering, model_vqa_loader
 from llava.eval.model_vqa_loader import main
 from llava.eval.questions import chunk
 from llava.eval.run_files import ShardedFile, line_of_answer
+from llava.inference import LoadedModel, checkpoint
 from llava.utils import UserError
 
 QUESTIONS = 24
@@ -62,7 +62,7 @@ def _never_load(*args, **kwargs):
 @pytest.fixture
 def no_weights(monkeypatch):
     """The run must end before weights are read."""
-    monkeypatch.setattr(model_vqa_loader, "load_pretrained_model", _never_load)
+    monkeypatch.setattr(checkpoint, "load_pretrained_model", _never_load)
 
 
 # --- answers ---
@@ -278,8 +278,9 @@ def test_two_runs_at_once_on_one_file_are_refused(whole, model, bench, tmp_path)
     path = _copy(whole, tmp_path)
     path.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[:3]))
     with subprocess.Popen(
-        [*program()[:1], "-c", f"import fcntl,time; f=open({str(path)!r},'a'); fcntl.lockf(f,fcntl.LOCK_EX); "
-         "print('locked',flush=True); time.sleep(600)"], stdout=subprocess.PIPE, text=True
+        [*program()[:1], "-c", f"import pathlib,time; from llava.eval.run_files import PartWriter; "
+         f"w=PartWriter(pathlib.Path({str(path)!r})); print('locked',flush=True); time.sleep(600)"],
+        stdout=subprocess.PIPE, text=True,
     ) as other:  # fmt: skip
         assert other.stdout.readline() == "locked\n"
         try:
@@ -539,15 +540,15 @@ def test_a_full_disk_keeps_what_was_written_and_the_run_goes_on_later(whole, mod
 
 def test_out_of_memory_halves_the_batch_goes_on_and_says_so(whole, model, bench, tmp_path, monkeypatch, capsys):
     sizes = []
-    answer = answering.Responder._answer
+    answer_batch = LoadedModel.answer_batch
 
-    def with_little_memory(self, batch):
-        sizes.append(len(batch))
-        if len(batch) > 2:
+    def with_little_memory(self, prompts, *args, **kwargs):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return answer(self, batch)
+        return answer_batch(self, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(answering.Responder, "_answer", with_little_memory)
+    monkeypatch.setattr(LoadedModel, "answer_batch", with_little_memory)
     assert main(arguments(model, bench, tmp_path / "a.jsonl", "--batch-size", 8)) == 0
     assert without_ids(tmp_path / "a.jsonl") == without_ids(whole)
     assert sizes == [8, 4, *[2] * 12]
@@ -555,10 +556,10 @@ def test_out_of_memory_halves_the_batch_goes_on_and_says_so(whole, model, bench,
 
 
 def test_out_of_memory_for_a_single_question_is_not_hidden(model, bench, tmp_path, monkeypatch):
-    def without_memory(self, batch):
+    def without_memory(self, prompts, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(answering.Responder, "_answer", without_memory)
+    monkeypatch.setattr(LoadedModel, "answer_batch", without_memory)
     with pytest.raises(torch.OutOfMemoryError):
         main(arguments(model, bench, tmp_path / "a.jsonl", "--batch-size", 4))
 
@@ -566,11 +567,11 @@ def test_out_of_memory_for_a_single_question_is_not_hidden(model, bench, tmp_pat
 def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(model, bench, tmp_path, monkeypatch):
     calls = []
 
-    def broken(self, batch):
-        calls.append(len(batch))
+    def broken(self, prompts, *args, **kwargs):
+        calls.append(len(prompts))
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(answering.Responder, "_answer", broken)
+    monkeypatch.setattr(LoadedModel, "answer_batch", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         main(arguments(model, bench, tmp_path / "a.jsonl", "--batch-size", 4))
     assert calls == [4]

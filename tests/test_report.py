@@ -142,7 +142,7 @@ def test_an_old_report_stays_until_the_new_one_is_whole(folder, picture, tmp_pat
     ],
 )
 def test_bad_input_is_refused_before_weights_are_read(folder, picture, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(report, "ChatModel", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(report, "LoadedModel", lambda *args: pytest.fail("weights were read"))
     options = {
         "--image": str(picture),
         "--question": "what",

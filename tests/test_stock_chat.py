@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from tiny_stock import write_stock
 
+from llava.inference import GenerationOptions, LoadedModel, LoadOptions, StockCheckpoint, open_checkpoint
 from llava.pruning import UnsupportedModelError, prune
-from llava.serve.chat import ChatModel, ChatSession, GenerationOptions, LoadOptions
-from llava.serve.stock_chat import StockCheckpoint, open_checkpoint
+from llava.serve.chat import ChatSession
 from llava.utils import UserError
 
 CONFIG = {"mode": ["deep"], "mid_deep_layer": 4}
@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory):
 
 def test_two_turns_answer_as_the_model_does_on_the_whole_conversation(checkpoint) -> None:
     assert isinstance(checkpoint, StockCheckpoint)
-    chat = ChatModel(checkpoint, LoadOptions(device="cpu"))
+    chat = LoadedModel(checkpoint, LoadOptions(device="cpu"))
     session = ChatSession(chat, checkpoint.pruning_config(CONFIG), GenerationOptions(max_new_tokens=3))
     session.add_picture(Image.new("RGB", (40, 30), "red"))
     pieces: list[str] = []
@@ -37,9 +37,8 @@ def test_two_turns_answer_as_the_model_does_on_the_whole_conversation(checkpoint
     assert first.flops_saved["paper"] == pytest.approx(0.5)
 
     prompt = checkpoint.encode(session.turns[:1])
-    model = chat.model.model
-    with prune(model, CONFIG):
-        direct = model.generate(prompt.ids, **prompt.pixels, max_new_tokens=3, do_sample=False)
+    with prune(chat.model, CONFIG):
+        direct = chat.model.generate(prompt.ids, **prompt.inputs, max_new_tokens=3, do_sample=False)
     # `encode` of the answered turn has its answer in it; the first turn alone has not.
     assert prompt.ids.shape[1] > first.prompt_rows
     assert direct.shape[1] == prompt.ids.shape[1] + 3

@@ -15,10 +15,10 @@ from test_families import ONE_IMAGE, config_for
 from tiny_stock import write_stock
 from visual_helpers import noise
 
+from llava.inference import LoadedModel, LoadOptions, Turn, open_checkpoint
 from llava.pruning import prune
-from llava.serve.chat import ChatModel, ChatSession, LoadOptions, Turn
-from llava.serve.stock_chat import StockCheckpoint, open_checkpoint
-from llava.visualize import logit_lens, observe, patch_maps, record
+from llava.serve.chat import ChatSession
+from llava.visualize import logit_lens, observe, patch_maps, patches, record
 
 CONFIG = {
     "mode": ["shallow", "middle", "deep"],
@@ -37,7 +37,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat(folder):
-    return ChatModel(open_checkpoint(folder), LoadOptions(device="cpu"))
+    return LoadedModel(open_checkpoint(folder), LoadOptions(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def photo(tmp_path_factory):
 @pytest.fixture
 def nowhere(monkeypatch):
     """A family of which it is not known where its rows look."""
-    monkeypatch.setattr(StockCheckpoint, "patch_grids", lambda self, prompt, sizes: None)
+    monkeypatch.setattr(patches, "LAYOUTS", {})
 
 
 @pytest.mark.parametrize("mode", [[], ["shallow", "middle", "deep"]], ids=["dense", "all"])
@@ -166,8 +166,7 @@ def test_the_web_chat(chat, photo) -> None:
     assert len(messages) == 4 and len(session.chat.turns) == 2
 
     # The newest picture's rows are the last of the conversation's.
-    pictures = [picture for turn in session.chat.turns for picture in turn.pictures]
-    maps = patch_maps(chat.checkpoint, session.chat.last_prompt(), pictures)
+    maps = patch_maps(chat.checkpoint, session.chat.last_prompt())
     assert sum(len(each.boxes) for each in maps) == session.chat.last_answer.visual_tokens
 
 

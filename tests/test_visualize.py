@@ -11,9 +11,9 @@ from torch import nn
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from visual_helpers import LAYERS, noise, word_tokenizer, write_checkpoint
 
+from llava.inference import GenerationOptions, LoadedModel, Turn, open_checkpoint
 from llava.mm_utils import process_images
 from llava.pruning import Read, prune
-from llava.serve.chat import ChatModel, Checkpoint, GenerationOptions, Turn
 from llava.utils import UserError
 from llava.visualize import (
     attention_shares,
@@ -409,7 +409,7 @@ def chat(request, tmp_path_factory):
     anyres = {**ANYRES, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
     settings = anyres if request.param == "anyres" else {}
     path = write_checkpoint(tmp_path_factory.mktemp("model") / "tiny", **settings)
-    return ChatModel(Checkpoint(path))
+    return LoadedModel(open_checkpoint(path))
 
 
 @pytest.mark.parametrize("name", ["dense", "all-stages"])

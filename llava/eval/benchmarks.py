@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 
-import llava
 from llava.constants import SHIPPED_MODEL_PATH
 from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
-from llava.eval.files import read_jsonl, to_json, write_whole
+from llava.eval.files import read_jsonl, to_json
 from llava.eval.scoring import Scores, show
 from llava.eval.traces import PruningSummary
+from llava.inference import open_checkpoint
 from llava.mm_utils import get_model_name_from_path
 from llava.model.recommended import PUBLISHED as PUBLISHED_CONFIG
-from llava.model.recommended import recommended_config
-from llava.pruning import PruningConfig
-from llava.utils import UserError, run_main
+from llava.pruning import Method, PruningConfig
+from llava.utils import UserError, run_main, write_whole
 
-DATA = Path(llava.__file__).parents[1] / "playground" / "data"
+DATA = Path(__file__).parents[2] / "playground" / "data"
 #: What LLaVA users unpack its ``eval.zip`` into, and the small benchmarks that come with the project.
 REAL, MINI = "eval", "mini"
 DEFAULT_MODEL = "liuhaotian/llava-v1.5-7b"
@@ -174,13 +173,12 @@ def plan(args: argparse.Namespace) -> None:
     benchmark = BENCHMARKS[args.benchmark]
     files = benchmark.files(args.data)
     model = args.model or (str(SHIPPED_MODEL_PATH) if files.kind == MINI else DEFAULT_MODEL)
-    config: PruningConfig | None
-    if args.pruning_config:
-        config = PruningConfig.from_any(args.pruning_config)
+    config: Method | None
+    if Path(model).expanduser().is_dir():
+        config = open_checkpoint(model).pruning_config(args.pruning_config or None)
     else:
         # A hub id is not looked up before the run: its weights bring no config of ours.
-        config = recommended_config(model) if Path(model).expanduser().is_dir() else PUBLISHED_CONFIG
-    assert config is not None
+        config = PruningConfig.from_any(args.pruning_config or None) or PUBLISHED_CONFIG
     written = json.dumps(config.to_dict())
     name = f"{benchmark.name}/{files.kind}/{get_model_name_from_path(model)}"
     # CUDA_VISIBLE_DEVICES says how many processes; torch counts those of them that are there.

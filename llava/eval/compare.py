@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,86 +22,88 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from llava.constants import SHIPPED_MODEL_PATH
-from llava.eval.answering import Prepared, Reply, Responder, default_workers, prepared_batches, trace_record
 from llava.eval.benchmarks import BENCHMARKS, published
-from llava.eval.files import move_aside, sha256_of, to_json, to_jsonl, write_whole
+from llava.eval.files import move_aside, sha256_of, to_json, to_jsonl
+from llava.eval.prompts import PromptBatch, prompt_batches
 from llava.eval.questions import Question, read_questions
 from llava.eval.run_files import answer_record
 from llava.eval.scoring import cell, mean, show
-from llava.eval.traces import PruningSummary
-from llava.model.builder import load_pretrained_model
-from llava.pruning import PruningConfig, PruningTrace
-from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops, savings
-from llava.serve.chat import Checkpoint, GenerationOptions
-from llava.utils import UserError, processor_name, run_main
+from llava.eval.traces import PruningSummary, trace_record
+from llava.inference import Answer, Checkpoint, GenerationOptions, LoadedModel, LoadOptions, Responder, open_checkpoint
+from llava.options import add_model_options, from_arguments
+from llava.pruning import Method, PruningTrace
+from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops
+from llava.utils import UserError, processor_name, run_main, write_whole
 
 DENSE = "dense"
 
 
 @dataclass
 class Contender:
-    """One way to run the model, and its replies so far."""
+    """One way to run the model, and what it was asked and answered so far."""
 
     name: str
-    config: PruningConfig | None
     responder: Responder
-    replies: list[Reply] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    @property
+    def config(self) -> Method | None:
+        """None: dense."""
+        return self.responder.config
+
+    def ask(self, batch: PromptBatch, seed: int) -> None:
+        """Answer a batch and keep the answers."""
+        self.questions += batch.questions
+        self.answers += self.responder.answer(batch.prompts, [seed + question.line for question in batch.questions])
 
 
 # --- measuring ---
 
 
-def kv_bytes(rows_per_layer: Sequence[int], model: Any) -> int:
+def kv_bytes(rows_per_layer: Sequence[int], decoder_config: Any, dtype: torch.dtype) -> int:
     """Bytes of the KV cache right after a prefill that left these rows in each layer."""
-    config = model.config
+    config = decoder_config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_row = 2 * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    bytes_per_row = 2 * config.num_key_value_heads * head_dim * dtype.itemsize
     return sum(rows_per_layer) * bytes_per_row
 
 
-def as_trace(reply: Reply, shape: DecoderShape) -> PruningTrace:
-    """The reply's trace; that of a dense prefill where nothing was pruned."""
-    if reply.trace is not None:
-        return reply.trace
-    prompt = PruningTrace(num_rows=reply.num_rows, visual_positions=list(range(reply.num_visual)))
+def as_trace(answer: Answer, shape: DecoderShape) -> PruningTrace:
+    """The answer's trace; that of a dense prefill where nothing was pruned."""
+    if answer.trace is not None:
+        return answer.trace
+    prompt = PruningTrace(num_rows=answer.prompt_rows, visual_positions=list(range(answer.visual_tokens)))
     return dense_trace(prompt, shape)
 
 
-def measure(contender: Contender, dense: Contender, model: Any) -> dict[str, Any]:
+def measure(contender: Contender, dense: Contender, loaded: LoadedModel) -> dict[str, Any]:
     """All figures of one contender but its score."""
-    shape = DecoderShape.of(model)
-    traces = [as_trace(reply, shape) for reply in contender.replies]
-    spent = [flops(trace, shape) for trace in traces]
-    same = [a.text == b.text for a, b in zip(contender.replies, dense.replies, strict=True)]
+    answers, model = contender.answers, loaded.model
+    spent = [flops(as_trace(answer, loaded.shape), loaded.shape) for answer in answers]
+    same = [a.text == b.text for a, b in zip(answers, dense.answers, strict=True)]
+    nothing = dict.fromkeys(CONVENTIONS, 0.0)
+    saved = [answer.flops_saved or nothing for answer in answers if answer.visual_tokens]
     pruning = None
     if contender.config is not None:
-        records = [
-            trace_record(reply, savings(trace, shape))
-            for reply, trace in zip(contender.replies, traces, strict=True)
-            if reply.trace is not None
-        ]
-        pruning = vars(PruningSummary.of(records))
-    batches = {id(reply.batch): reply.batch for reply in contender.replies}.values()
-    decode_rates = [
-        (batch.new_tokens - batch.size) / (batch.seconds - batch.first_token_seconds)
-        for batch in batches
-        if batch.new_tokens > batch.size and batch.seconds > batch.first_token_seconds
-    ]
-    seconds = sum(batch.seconds for batch in batches)
+        pruning = vars(PruningSummary.of(map(trace_record, contender.questions, answers)))
+    clocks = {id(answer.clock): answer.clock for answer in answers}.values()
+    rates = [clock.tokens_per_second for clock in clocks]
+    seconds = sum(clock.seconds for clock in clocks)
+    decoder_config = model.config.get_text_config(decoder=True)
     return {
         "config": contender.config.to_dict() if contender.config else None,
-        "questions": len(contender.replies),
+        "questions": len(answers),
         "agreement_with_dense": mean(same),
         "pruning": pruning,
         "prefill_flops": {name: mean(count[name] for count in spent) for name in CONVENTIONS},
-        "flops_saved": {
-            name: mean(savings(trace, shape)[name] for trace in traces if trace.num_visual) for name in CONVENTIONS
-        },
-        "kv_bytes_after_prefill": mean(kv_bytes(trace.rows_per_layer, model) for trace in traces),
-        "time_to_first_token_s": spread([batch.first_token_seconds for batch in batches]),
-        "decode_tokens_per_s": spread(decode_rates),
-        "questions_per_s": len(contender.replies) / seconds if seconds else None,
+        "flops_saved": {name: mean(each[name] for each in saved) for name in CONVENTIONS},
+        "kv_bytes_after_prefill": mean(
+            kv_bytes(answer.rows_per_layer, decoder_config, model.dtype) for answer in answers
+        ),
+        "time_to_first_token_s": spread([clock.first_token for clock in clocks]),
+        "decode_tokens_per_s": spread([rate for rate in rates if rate is not None]),
+        "questions_per_s": len(answers) / seconds if seconds else None,
     }
 
 
@@ -113,31 +115,31 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
     return {"median": statistics.median(values), "p90": statistics.quantiles(values, n=10, method="inclusive")[-1]}
 
 
-def ask_all(contenders: Sequence[Contender], batches: Any, total: int) -> list[tuple[Question, str]]:
+def ask_all(
+    contenders: Sequence[Contender], batches: Iterable[PromptBatch], total: int, seed: int
+) -> list[tuple[Question, str]]:
     """Ask every batch of every contender, the order turned from batch to batch. Returns what could not be asked."""
     failures = []
     is_warm = False
     interval = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=total, unit="q", mininterval=interval, dynamic_ncols=True) as bar:
         for index, batch in enumerate(batches):
-            failures += [(item.question, item.error) for item in batch if item.error]
-            askable: list[Prepared] = [item for item in batch if not item.error]
-            if askable and not is_warm:
+            failures += batch.failures
+            if batch.prompts and not is_warm:
                 for contender in contenders:
-                    contender.responder.answer(askable)  # first use is charged to no one
+                    contender.responder.answer(batch.prompts)  # first use is charged to no one
                 is_warm = True
             turn = index % len(contenders)
             for contender in (*contenders[turn:], *contenders[:turn]):
-                if askable:
-                    contender.replies += contender.responder.answer(askable)
-            bar.update(len(batch))
+                contender.ask(batch, seed)
+            bar.update(batch.size)
     return failures
 
 
 # --- what to compare ---
 
 
-def read_configs(given: Sequence[str], checkpoint: Checkpoint) -> dict[str, PruningConfig]:
+def read_configs(given: Sequence[str], checkpoint: Checkpoint) -> dict[str, Method]:
     """``NAME=JSON`` or ``NAME=@file`` → configs by name; none given, the one recommended for the model."""
     if not given:
         return {"pruned": checkpoint.pruning_config()}
@@ -159,6 +161,7 @@ def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantised_to": "8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
         "hardware": torch.cuda.get_device_name(model.device) if is_cuda else processor_name(),
         "threads": torch.get_num_threads(),
         "batch_size": args.batch_size,
@@ -174,10 +177,10 @@ def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def compare(
-    args: argparse.Namespace, name: str, loaded: tuple[Any, Any, Checkpoint], configs: dict[str, Any], out: Path
+    args: argparse.Namespace, name: str, loaded: LoadedModel, configs: dict[str, Method], out: Path
 ) -> dict[str, Any]:
     """Run one benchmark under all configs. Returns its part of the report; the answers go to ``out``."""
-    tokenizer, model, checkpoint = loaded
+    checkpoint = loaded.checkpoint
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
         files = benchmark.files(args.data)
@@ -187,13 +190,13 @@ def compare(
     questions = read_questions(question_file, image_folder)[: args.limit]
     options = GenerationOptions(args.max_new_tokens)
     contenders = [
-        Contender(way, config, Responder(model, tokenizer, checkpoint, config, options, args.batch_size, args.seed))
+        Contender(way, Responder(loaded, config, options, args.batch_size))
         for way, config in {DENSE: None, **configs}.items()
     ]
     print(f"{name} ({kind} data): {len(questions)} questions, {len(contenders)} ways", flush=True)
-    workers = default_workers() if args.num_workers is None else args.num_workers
-    failures = ask_all(contenders, prepared_batches(questions, checkpoint, args.batch_size, workers), len(questions))
-    if not contenders[0].replies:
+    batches = prompt_batches(questions, checkpoint, args.batch_size, args.num_workers)
+    failures = ask_all(contenders, batches, len(questions), args.seed)
+    if not contenders[0].answers:
         raise UserError(f"none of the questions could be asked; the first: {failures[0][1]}")
     result: dict[str, Any] = {
         "data": kind,
@@ -205,13 +208,12 @@ def compare(
     }
     for contender in contenders:
         answers = out / name / contender.name / "answers.jsonl"
-        write_whole(
-            answers,
-            to_jsonl([answer_record(reply.question, reply.text, checkpoint.name) for reply in contender.replies]),
-        )
-        figures = measure(contender, contenders[0], model)
+        replies = zip(contender.questions, contender.answers, strict=True)
+        records = [answer_record(question, answer.text, checkpoint.name) for question, answer in replies]
+        write_whole(answers, to_jsonl(records))
+        figures = measure(contender, contenders[0], loaded)
         if benchmark is not None:
-            is_partial = len(contender.replies) < len(read_questions(question_file, image_folder))
+            is_partial = len(contender.answers) < len(read_questions(question_file, image_folder))
             figures = {"scores": benchmark.score(files, answers, allow_partial=is_partial), **figures}
         result["runs"][contender.name] = figures
     return result
@@ -315,9 +317,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Compare a model dense and under pruning configs.")
-    parser.add_argument("--model-path", default=str(SHIPPED_MODEL_PATH), help="default: the model that ships")
-    parser.add_argument("--model-base")
-    parser.add_argument("--conv-mode")
+    add_model_options(parser)
     parser.add_argument(
         "--benchmark", action="append", choices=BENCHMARKS, default=[], help="may be given several times"
     )
@@ -335,9 +335,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-workers", type=int)
     parser.add_argument("--limit", type=int, help="only the first so many questions of each benchmark")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--attn-implementation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for report and answers")
     args = parser.parse_args(argv)
@@ -352,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(dict.fromkeys(args.benchmark)) or [Path(args.question_file).stem]
     for name in args.benchmark:
         BENCHMARKS[name].files(args.data)
-    checkpoint = Checkpoint(args.model_path, args.model_base, args.conv_mode)
+    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
     configs = read_configs(args.config, checkpoint)
     out = Path(args.output)
     for old in ("report.json", "report.md", "report.png"):
@@ -360,17 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if moved:
             print(f"Moved aside: {moved}")
     torch.manual_seed(args.seed)
-    tokenizer, model, _, _ = load_pretrained_model(
-        args.model_path,
-        args.model_base,
-        checkpoint.name,
-        device=args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-    )
-    report: dict[str, Any] = {"about": about(args, model), "benchmarks": {}}
+    loaded = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
+    report: dict[str, Any] = {"about": about(args, loaded.model), "benchmarks": {}}
     for name in names:
-        report["benchmarks"][name] = compare(args, name, (tokenizer, model, checkpoint), configs, out)
+        report["benchmarks"][name] = compare(args, name, loaded, configs, out)
         write_whole(out / "report.json", to_json(report))
         write_whole(out / "report.md", markdown(report))
         show(name, *table(report["benchmarks"][name]))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava.eval.files import iter_lines, read_answers, write_whole
+from llava.eval.files import iter_lines, read_answers
 from llava.eval.scoring import Scores, check_complete, mean, publish, score_parser, show
-from llava.utils import UserError, run_main
+from llava.utils import UserError, run_main, write_whole
 
 PERCEPTION = (
     "existence",

@@ -1,11 +1,10 @@
-"""Reading and writing the small files of an evaluation: whole or not at all, and never someone else's."""
+"""Reading and naming the small files of an evaluation; `llava.utils.write_whole` writes them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,31 +65,6 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
         if not isinstance(answer["text"], str) or not isinstance(answer["prompt"], str):
             raise UserError(f'{path}, answer {number}: "text" and "prompt" must be strings')
     return answers
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write ``text`` beside ``path`` and rename it: the file is the old one or the new one, never half of it."""
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def to_jsonl(records: Sequence[Mapping[str, Any]]) -> str:

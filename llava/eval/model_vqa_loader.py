@@ -14,17 +14,19 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from llava.eval.answering import Reply, Responder, default_workers, prepared_batches, trace_record
 from llava.eval.files import move_aside, sha256_of
-from llava.eval.launch import Launch
+from llava.eval.prompts import prompt_batches
 from llava.eval.questions import Question, chunk, read_questions
 from llava.eval.run_files import (
     ShardedFile,
@@ -37,11 +39,12 @@ from llava.eval.run_files import (
     run_file_of,
     write_identity,
 )
+from llava.eval.traces import trace_record
+from llava.inference import Answer, GenerationOptions, LoadedModel, LoadOptions, Responder, open_checkpoint
+from llava.inference.processes import device_of, join_processes
 from llava.model import checkpoint as checkpoints
-from llava.model.builder import check_device, default_device, load_pretrained_model, parse_dtype
-from llava.pruning import PruningConfig
-from llava.pruning.flops import DecoderShape, savings
-from llava.serve.chat import Checkpoint, GenerationOptions
+from llava.model.builder import check_device, default_device, parse_dtype
+from llava.options import add_generation_options, add_model_options, from_arguments
 from llava.utils import UserError, run_main
 
 EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 130
@@ -54,25 +57,17 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(description="Answer a benchmark's question file with a LLaVA model, pruned or dense.")
-    parser.add_argument("--model-path", required=True, help="folder or hub id of the checkpoint")
-    parser.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
+    add_model_options(parser, required=True)
     parser.add_argument("--image-folder", required=True, help="folder that the question file's images are in")
     parser.add_argument("--question-file", required=True, help="questions (jsonl)")
     parser.add_argument("--answers-file", required=True, help="answers (jsonl) to write or to go on with")
-    parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's own, else by its name)")
     parser.add_argument("--num-chunks", type=int, default=1, help="split the questions by hand into this many parts")
     parser.add_argument("--chunk-idx", type=int, default=0, help="and answer this one, from 0")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top_p", "--top-p", type=float, help="nucleus of sampling, with --temperature > 0")
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
+    add_generation_options(parser, max_new_tokens=128)
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
     parser.add_argument("--pruning-config", help="JSON or @file; without it the model runs dense")
     parser.add_argument("--batch-size", type=int, default=1, help="questions asked at once by each process")
     parser.add_argument("--num-workers", type=int, help="threads that read pictures ahead, in each process")
-    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the first of cuda, mps, cpu)")
-    parser.add_argument("--dtype", help="float32, float16 or bfloat16 (default: float32 on cpu, else float16)")
-    parser.add_argument("--attn-implementation", help="sdpa (default), eager or flash_attention_2")
     parser.add_argument("--limit", type=int, help="answer only the first so many questions")
     parser.add_argument("--no-resume", action="store_true", help="move existing answers to *.bak-<time> and begin anew")
     parser.add_argument("--trace-file", help="also write what was pruned, one line a question (jsonl)")
@@ -90,25 +85,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    launch = Launch.start()
+    processes = join_processes()
     stop = _StopRequest()
     try:
-        status = _Run(args, launch).run(stop)
+        status = _Run(args, processes).run(stop)
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     if status == EXIT_INTERRUPTED:
-        if launch.is_main:
-            print(f"Interrupted. To go on:\n{_resume_command(argv, launch)}", file=sys.stderr)
+        if processes.is_main_process:
+            print(f"Interrupted. To go on:\n{_resume_command(argv, processes.num_processes)}", file=sys.stderr)
         return status
-    launch.end()
+    processes.destroy_process_group()
     return status
 
 
-def _resume_command(argv: Sequence[str], launch: Launch) -> str:
+def _resume_command(argv: Sequence[str], num_processes: int) -> str:
     again = [argument for argument in argv if argument != "--no-resume"]
     program = [sys.executable, "-m", "llava.eval.model_vqa_loader"]
-    if launch.world_size > 1:
-        program = ["torchrun", f"--nproc-per-node={launch.world_size}", *program[1:]]
+    if num_processes > 1:
+        program = ["torchrun", f"--nproc-per-node={num_processes}", *program[1:]]
     return shlex.join([*program, *again])
 
 
@@ -142,24 +137,24 @@ class _StopRequest:
 class _Run:
     """One run of the program in one process. Everything that can be wrong is found before weights are read."""
 
-    def __init__(self, args: argparse.Namespace, launch: Launch) -> None:
-        self.args, self.launch = args, launch
+    def __init__(self, args: argparse.Namespace, processes: PartialState) -> None:
+        self.args, self.processes = args, processes
         self.failures: list[tuple[Question, str]] = []
-        self.options = GenerationOptions(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
+        self.options = from_arguments(GenerationOptions, args)
         for flag in ("batch_size", "limit"):
             value = getattr(args, flag)
             if value is not None and value < 1:
                 raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
         if args.num_workers is not None and args.num_workers < 0:
             raise UserError(f"--num-workers is {args.num_workers}; it must be 0 or more")
-        self.device = str(check_device(launch.device(args.device) or default_device()))
+        self.device = str(check_device(device_of(processes, args.device) or default_device()))
         dtype = parse_dtype(args.dtype or ("float32" if self.device == "cpu" else "float16"))
         self.dtype = str(dtype).removeprefix("torch.")
-        config = PruningConfig.from_any(args.pruning_config)
         self.questions = read_questions(args.question_file, args.image_folder)
         self.selected = chunk(self.questions, args.num_chunks, args.chunk_idx)[: args.limit]
-        self.checkpoint = Checkpoint(args.model_path, args.model_base, args.conv_mode)
-        self.config = None if config is None else self.checkpoint.pruning_config(config)
+        self.checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
+        given = args.pruning_config
+        self.config = None if given is None else self.checkpoint.pruning_config(given)
         self.answers_file = Path(args.answers_file)
         self.answers = ShardedFile(self.answers_file, line_of_answer)
         self.traces = ShardedFile(Path(args.trace_file), line_of_trace) if args.trace_file else None
@@ -172,8 +167,8 @@ class _Run:
         """Answer what is not answered yet. Returns the exit status."""
         done = self._begin()
         pending = [question for question in self.selected if question.line not in done]
-        mine = pending[self.launch.rank :: self.launch.world_size]
-        self.launch.wait()  # every process has read what is done before one of them writes
+        mine = pending[self.processes.process_index :: self.processes.num_processes]
+        self.processes.wait_for_everyone()  # every process has read what is done before one of them writes
         if not pending:
             self._end(asked=0, already=len(self.selected))
             return 0
@@ -181,17 +176,18 @@ class _Run:
             f"{len(pending)} of {len(self.selected)} questions to answer"
             + (f", {len(done)} are there already" if done else "")
         )
-        answers = self.answers.open_part(self.launch.rank)
-        traces = self.traces.open_part(self.launch.rank) if self.traces else None
+        rank = self.processes.process_index
+        answers = self.answers.open_part(rank)
+        traces = self.traces.open_part(rank) if self.traces else None
         try:
-            status = self._answer(mine, len(pending), answers, traces, stop)
+            status = self._answer(mine, answers, traces, stop)
         finally:
             answers.close()
             if traces:
                 traces.close()
         if status == EXIT_INTERRUPTED:
             return status
-        failures = [failure for part in self.launch.gather(self.failures) for failure in part]
+        failures = gather_object(self.failures)
         self._end(asked=len(pending) - len(failures), already=len(self.selected) - len(pending))
         return self._report(failures)
 
@@ -199,7 +195,7 @@ class _Run:
         """Check or write the run file, and return the lines that are answered."""
         identity = self._identity()
         run_file = run_file_of(self.answers_file)
-        if self.launch.is_main:
+        if self.processes.is_main_process:
             if self.args.no_resume:
                 self._move_aside([*self.answers.move_aside(), move_aside(run_file)])
             has_begun = check_identity(run_file, identity)
@@ -212,8 +208,8 @@ class _Run:
                 self._move_aside(self.traces.move_aside())
             if not has_begun:
                 write_identity(run_file, identity, self._about())
-        self.launch.wait()
-        if not self.launch.is_main and not check_identity(run_file, identity):
+        self.processes.wait_for_everyone()
+        if not self.processes.is_main_process and not check_identity(run_file, identity):
             raise UserError(f"{run_file} was written by process 0 and is not here: the processes need a shared folder")
         done = self.answers.read()
         check_answers(done, self.questions, self.answers_file)
@@ -229,6 +225,7 @@ class _Run:
             "pruning config": self.config.to_dict() if self.config else None,
             "conversation template": self.checkpoint.conv_mode,
             "dtype": self.dtype,
+            "quantised to": "8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
             "temperature": args.temperature,
             "top_p": args.top_p,
             "beams": args.num_beams,
@@ -253,52 +250,38 @@ class _Run:
             "transformers": transformers.__version__,
         }
 
-    def _answer(self, mine: list[Question], pending: int, answers: Any, traces: Any, stop: _StopRequest) -> int:
+    def _answer(self, mine: list[Question], answers: Any, traces: Any, stop: _StopRequest) -> int:
         if not mine:
             return 0
         args = self.args
-        tokenizer, model, _, _ = load_pretrained_model(
-            args.model_path,
-            args.model_base,
-            self.checkpoint.name,
-            device=self.device,
-            dtype=self.dtype,
-            attn_implementation=args.attn_implementation,
-        )
-        responder = Responder(
-            model, tokenizer, self.checkpoint, self.config, self.options, args.batch_size, seed=args.seed
-        )
-        shape = DecoderShape.of(model)
-        workers = default_workers() if args.num_workers is None else args.num_workers
-        progress = _Progress(len(mine), disable=not self.launch.is_main)
+        place = replace(from_arguments(LoadOptions, args), device=self.device, dtype=self.dtype)
+        responder = Responder(LoadedModel(self.checkpoint, place), self.config, self.options, args.batch_size)
+        progress = _Progress(len(mine), disable=not self.processes.is_main_process)
         with stop, progress:
-            batches = prepared_batches(mine, self.checkpoint, args.batch_size, workers)
+            batches = prompt_batches(mine, self.checkpoint, args.batch_size, args.num_workers)
             while not stop.asked:
                 batch = next(batches, None)
                 if batch is None or stop.asked:
                     break
-                self.failures += [(item.question, item.error) for item in batch if item.error]
-                askable = [item for item in batch if not item.error]
-                replies = responder.answer(askable) if askable else []
-                saved = [savings(reply.trace, shape) if reply.trace else {} for reply in replies]
+                self.failures += batch.failures
+                seeds = [args.seed + question.line for question in batch.questions]
+                replies = list(zip(batch.questions, responder.answer(batch.prompts, seeds), strict=True))
                 if traces:
-                    traces.append(
-                        trace_record(reply, flops) for reply, flops in zip(replies, saved, strict=True) if reply.trace
-                    )
-                answers.append(answer_record(reply.question, reply.text, self.checkpoint.name) for reply in replies)
-                progress.update(len(batch), replies, saved)
+                    traces.append(trace_record(*reply) for reply in replies if reply[1].trace)
+                answers.append(answer_record(asked, answer.text, self.checkpoint.name) for asked, answer in replies)
+                progress.update(batch.size, [answer for _, answer in replies])
         if responder.batch_size < args.batch_size:
             print(
-                f"Out of memory: process {self.launch.rank} went on with batches of {responder.batch_size} instead of "
-                f"{args.batch_size}",
+                f"Out of memory: process {self.processes.process_index} went on with batches of "
+                f"{responder.batch_size} instead of {args.batch_size}",
                 file=sys.stderr,
             )
         return EXIT_INTERRUPTED if stop.asked else 0
 
     def _end(self, asked: int, already: int) -> None:
         """Merge the parts, in one process, once all are done."""
-        self.launch.wait()
-        if self.launch.is_main:
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
             parts = self.answers.parts()
             if asked or len(parts) != 1:
                 # The answers last: their shards say that there is something to merge.
@@ -308,13 +291,13 @@ class _Run:
                 self._say(f"{asked + already} of {len(self.selected)} answers in {self.answers_file}")
             else:
                 self._say(f"Nothing to do: all {already} answers are in {self.answers_file}")
-        self.launch.wait()
+        self.processes.wait_for_everyone()
 
     def _report(self, failures: list[tuple[Question, str]]) -> int:
         if not failures:
             return 0
         failures.sort(key=lambda failure: failure[0].line)
-        if self.launch.is_main:
+        if self.processes.is_main_process:
             print(f"{len(failures)} questions could not be asked and have no answer:", file=sys.stderr)
             for question, error in failures:
                 print(f"  line {question.line + 1} ({question.question_id}): {error}", file=sys.stderr)
@@ -327,7 +310,7 @@ class _Run:
                 self._say(f"Moved aside: {path}")
 
     def _say(self, text: str) -> None:
-        if self.launch.is_main:
+        if self.processes.is_main_process:
             print(text, flush=True)
 
 
@@ -346,13 +329,13 @@ class _Progress:
     def __exit__(self, *exc_info: object) -> None:
         self._bar.close()
 
-    def update(self, done: int, replies: Sequence[Reply], saved: Sequence[dict[str, float]]) -> None:
+    def update(self, done: int, answers: Sequence[Answer]) -> None:
         """Count a batch."""
-        for reply, flops in zip(replies, saved, strict=True):
-            if reply.trace is not None:
+        for answer in answers:
+            if answer.trace is not None:
                 self._count += 1
-                self._kept += reply.kept
-                self._saved += flops["executed"]
+                self._kept += answer.kept
+                self._saved += answer.flops_saved["executed"]
         if self._count:
             kept, share = self._kept / self._count, self._saved / self._count
             self._bar.set_postfix_str(f"kept {kept:.1f} tokens, saved {share:.1%} FLOPs", refresh=False)

@@ -12,26 +12,23 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import shortuuid
+from filelock import FileLock, Timeout
 
-from llava.eval.files import move_aside, read_json, sha256_of, to_json, to_jsonl, write_whole
+from llava.eval.files import move_aside, read_json, sha256_of, to_json, to_jsonl
 from llava.eval.questions import Question
-from llava.utils import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from llava.utils import UserError, write_whole
 
 Record = dict[str, Any]
 
 # Weights are hashed whole up to this size; of larger files the fingerprint takes evenly spaced samples.
 _HASHED_WHOLE = 64 << 20
 _SAMPLES, _SAMPLE_SIZE = 64, 1 << 16
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
+_MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "tokenizer.model")
 
 
 # --- answers ---
@@ -117,6 +114,7 @@ class ShardedFile:
         write_whole(self.path, to_jsonl([records[line] for line in sorted(records)]))
         for shard in shards:
             shard.unlink()
+            _lock_file(shard).unlink(missing_ok=True)  # of a run that was killed
         return len(records)
 
     def move_aside(self) -> list[Path]:
@@ -148,30 +146,21 @@ def _whole_lines(path: Path) -> list[Record]:
 
 
 class PartWriter:
-    """Appends whole lines to one part and forces each batch to disk. One process at a time: the file is locked."""
+    """Appends whole lines to one part and forces each batch to disk. One process at a time: a lock says so."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            existed = path.exists()
+            # The system's lock goes with the process: the file that a killed run leaves behind blocks nobody.
+            self._lock = FileLock(_lock_file(path))
+            self._lock.acquire(blocking=False)
             self._stream: BinaryIO = open(path, "ab+", buffering=0)  # noqa: SIM115
-            self._lock()
-            if existed:
-                self._drop_torn_line()
+            self._drop_torn_line()
+        except Timeout as error:
+            raise UserError(f"another run is writing {path}; wait for it or end it") from error
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            # A record lock goes with the process, so that a killed run never leaves it behind.
-            fcntl.lockf(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"another run is writing {self.path}; wait for it or end it") from error
-        except OSError:
-            pass  # a file system without locks
 
     def _drop_torn_line(self) -> None:
         self._stream.seek(0)
@@ -207,6 +196,13 @@ class PartWriter:
     def close(self) -> None:
         """Close the file and give the lock back."""
         self._stream.close()
+        with suppress(OSError):  # where open files cannot be removed
+            _lock_file(self.path).unlink()
+        self._lock.release()
+
+
+def _lock_file(part: Path) -> Path:
+    return part.with_name(f".{part.name}.lock")
 
 
 # --- what the answers are answers to ---

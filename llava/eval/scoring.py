@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llava.eval.files import to_json, write_whole
-from llava.utils import UserError
+from llava.eval.files import to_json
+from llava.utils import UserError, write_whole
 
 #: A score file: the headline ``score``, ``answered`` of ``total`` questions, and the benchmark's own figures.
 Scores = dict[str, Any]

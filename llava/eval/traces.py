@@ -1,4 +1,4 @@
-"""What was pruned over a whole run: means and histograms of its traces."""
+"""What was pruned: the lines of a trace file, and means and histograms over a whole run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llava.eval.questions import Question
 from llava.eval.scoring import mean
+from llava.inference import Answer
 from llava.pruning.flops import CONVENTIONS
+
+
+def trace_record(question: Question, answer: Answer) -> dict[str, Any]:
+    """A line of a trace file: what was pruned for one question, and the fraction of FLOPs that this saved."""
+    assert answer.trace is not None
+    return {
+        "line": question.line,
+        "question_id": question.question_id,
+        "visual_tokens": answer.visual_tokens,
+        "kept": answer.kept,
+        "flops_saved": answer.flops_saved,
+        **answer.trace.to_dict(),
+    }
 
 
 @dataclass(frozen=True)

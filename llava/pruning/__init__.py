@@ -4,10 +4,11 @@ Start reading at `methods/visipruner.py` (what is decided), then `method.py` (wh
 may look at), `prefill.py` (one forward, layer by layer) and `hooks.py` (how it is put on a transformers model).
 """
 
+from .decisions import LEAVE, Cause, Keep, Read, Treatment, keep_best
 from .errors import PruningConfigError, UnsupportedCallError, UnsupportedModelError
 from .families import supported_models
 from .hooks import PruningRun, call_lock, prune
-from .method import LEAVE, METHODS, Cause, Keep, Method, Read, Treatment, keep_best, register
+from .method import METHODS, Method, register
 from .methods import VisiPruner
 from .trace import Decision, PruningTrace
 from .view import View

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from . import varlen
-from .method import Read, Treatment
+from .decisions import Read, Treatment
 from .rows import Rows
 
 # Scores that are only needed for their log-sum-exp are computed this many at a time (float32: 16 MiB).

@@ -1,12 +1,12 @@
 """What differs from one model family to the next, and nothing else.
 
-An adapter answers: where is the decoder and its layers, which input ids are visual, how many rows an image has and
-where they look, and from which layer on may rows be dropped.
+An adapter answers: where is the decoder and its layers, which input ids are visual, how many rows an image has, and
+from which layer on may rows be dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ import transformers
 from torch import nn
 from transformers import CLIPVisionModel, PreTrainedModel
 
-from . import geometry
 from .errors import UnsupportedCallError, UnsupportedModelError
 
 
@@ -32,7 +31,6 @@ class Family:
             and no text needs to stand between two of them; None: an image is a stretch of visual rows.
         flat_pixels: whether `pixel_values` are those of all prompts one behind the other, so that nothing but the
             placeholders says which prompt an entry belongs to.
-        layout: where in a picture its rows look; None: not known.
         tower: given the model, the layer of its CLIP tower whose output the projector reads; None: no such tower.
     """
 
@@ -41,7 +39,6 @@ class Family:
     row_kwargs: tuple[str, ...] = ()
     images: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
     flat_pixels: bool = False
-    layout: geometry.Layout | None = None
     tower: Callable[[Any], Any] | None = None
 
 
@@ -70,22 +67,19 @@ _IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
 
 # By the `model_type` of the outer config.
 FAMILIES: dict[str, Family] = {
-    "llava": Family(
-        _IMAGE, images=_count_pictures, flat_pixels=True, tower=_clip_layer, layout=geometry.cropped_square
-    ),
+    "llava": Family(_IMAGE, images=_count_pictures, flat_pixels=True, tower=_clip_layer),
     # The newline rows inside an image have placeholders of their own, so they are visual too.
-    "llava_next": Family(_IMAGE, flat_pixels=True, tower=_clip_layer, layout=geometry.anyres),
-    "llava_onevision": Family(_IMAGE_AND_VIDEO, flat_pixels=True, layout=geometry.anyres_max),
-    "internvl": Family(_IMAGE, flat_pixels=True, layout=geometry.tiles_then_thumbnail),
-    "smolvlm": Family(_IMAGE, layout=geometry.split_then_whole),
-    "idefics3": Family(_IMAGE, layout=geometry.split_then_whole),
-    "qwen2_vl": Family(_IMAGE_AND_VIDEO, layout=geometry.merged_grid),
-    "qwen2_5_vl": Family(_IMAGE_AND_VIDEO, layout=geometry.merged_grid),
+    "llava_next": Family(_IMAGE, flat_pixels=True, tower=_clip_layer),
+    "llava_onevision": Family(_IMAGE_AND_VIDEO, flat_pixels=True),
+    "internvl": Family(_IMAGE, flat_pixels=True),
+    "smolvlm": Family(_IMAGE),
+    "idefics3": Family(_IMAGE),
+    "qwen2_vl": Family(_IMAGE_AND_VIDEO),
+    "qwen2_5_vl": Family(_IMAGE_AND_VIDEO),
     "qwen3_vl": Family(
         _IMAGE_AND_VIDEO,
         first_layer=_behind_deepstack,
         row_kwargs=("visual_pos_masks",),
-        layout=geometry.merged_grid,
     ),
     # This project's own classes know their visual rows from the splice and hand them over as `visual_mask`.
     "llava_llama": Family(tower=_clip_layer),
@@ -165,28 +159,6 @@ class Adapter:
             if inside or any(module is self.decoder for module in part.modules()):
                 parts.append(uncompiled)
         return parts
-
-    def patch_grids(
-        self, image_processor: Any, inputs: Mapping[str, Any], sizes: Sequence[geometry.Size], num_visual: int
-    ) -> list[list[geometry.PatchGrid]] | None:
-        """Where the visual rows of one prompt look in its pictures.
-
-        Args:
-            image_processor: the one that prepared them.
-            inputs: what the model's processor gave beside ids and mask.
-            sizes: (width, height) of each picture.
-            num_visual: visual rows of the prompt.
-
-        Returns:
-            Grids of every picture in the order of the rows; None where that is not known: a family without a
-            layout, a video, or settings that the layout does not reckon with and that give other numbers of rows.
-        """
-        if self.family.layout is None or not sizes or "pixel_values" not in inputs:
-            return None
-        prepared = geometry.Prepared(self.model.config, image_processor, inputs, sizes)
-        grids = self.family.layout(prepared)
-        known = len(grids) == len(sizes) and num_visual == sum(grid.num_rows for own in grids for grid in own)
-        return grids if known else None
 
     def refuse_wrong_copies(self, copies: int, inputs: Mapping[str, Any]) -> None:
         """Refuse beams whose copies of a prompt would get another's pictures.

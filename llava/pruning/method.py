@@ -17,102 +17,21 @@ import difflib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from enum import Enum
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
+import torch
 
+from .decisions import BEFORE_DECODER, Cause, Keep, Treatment
 from .errors import PruningConfigError
 from .knobs import check_first_layer, refuse
+from .trace import PruningTrace
+from .view import View
 
 if TYPE_CHECKING:
-    import torch
     from typing_extensions import Self
-
-    from .trace import PruningTrace
-    from .view import View
-
-BEFORE_DECODER = -1
-"""The `layer` of a view or decision at the decoder's input."""
-
-
-class Read(Enum):
-    """What the rows of a prompt may read of the image in one layer, during prefill.
-
-    Attention weights are set to zero after the softmax and not renormalised: the mass that went to the image
-    is lost (arXiv 2510.17205, shallow stage).
-    """
-
-    ALL = "all"
-    """Ordinary causal attention."""
-    NO_IMAGE = "no image"
-    """Text rows put weight 0 on every visual row. Visual rows and the prefix are untouched."""
-    FIRST_SINK = "first sink"
-    """All a text row gives to the image goes to the first visual row; visual rows read no visual row."""
-    HALF_SINK = "half sink"
-    """Text rows put weight 0 on the first half of the visual rows; visual rows read no visual row."""
-
-    def visible(self, num_visual: int) -> int:
-        """Of `num_visual` visual rows, how many have values that text rows read."""
-        hidden = {
-            Read.ALL: 0,
-            Read.NO_IMAGE: num_visual,
-            Read.FIRST_SINK: num_visual - 1,
-            Read.HALF_SINK: num_visual // 2,
-        }
-        return num_visual - hidden[self]
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """What one layer does with the image.
-
-    Attributes:
-        read: what text may read of it.
-        update: False: visual rows give keys and values only. Their queries, output projection and MLP are not
-            computed; their states go on unchanged.
-    """
-
-    read: Read = Read.ALL
-    update: bool = True
-
-
-class Cause(Enum):
-    """Why visual rows leave."""
-
-    SELECTION = "selection"
-    """Some were chosen to stay."""
-    EXIT = "exit"
-    """All that are left go."""
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which visual rows go on, valid from the next layer's input.
-
-    Attributes:
-        rows: int64 indices into the visual rows that are still there, in the order in which they go on; a bool mask
-            over them is taken too. They take the places of the kept rows, from first to last.
-        merge: states `[visual rows still there, hidden_size]` → states `[len(rows), hidden_size]` of those that go
-            on, in the order of `rows`; None: they keep their own. Runs on the device.
-        groups: for a kept row that stands for others after `merge`, index → the indices it stands for.
-        cause: `SELECTION` chose among visual rows, `EXIT` lets all that are left go.
-    """
-
-    rows: np.ndarray
-    merge: Callable[[torch.Tensor], torch.Tensor] | None = None
-    groups: Mapping[int, np.ndarray] | None = None
-    cause: Cause = Cause.SELECTION
-
-    def __post_init__(self) -> None:
-        rows = np.asarray(self.rows)
-        object.__setattr__(self, "rows", np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64))
-
-
-LEAVE = Keep(np.empty(0, dtype=np.int64), cause=Cause.EXIT)
-"""All visual rows leave."""
 
 
 def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
@@ -121,11 +40,6 @@ def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
     if isinstance(keep, float):
         return round(trace.num_visual * keep)
     return min(keep * max(len(trace.image_spans), 1), trace.num_visual)
-
-
-def keep_best(scores: np.ndarray, count: int) -> Keep:
-    """Keep the `count` rows of the largest scores in row order; ties go to the lower position."""
-    return Keep(np.sort(np.argsort(-scores, kind="stable")[: max(count, 0)]))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 from . import varlen
 from .attention import Tally, attend_prompt
 from .cache import CacheLease
+from .decisions import BEFORE_DECODER, Cause, Keep, Treatment
 from .errors import UnsupportedCallError
-from .method import BEFORE_DECODER, Cause, Keep, Method, Treatment
+from .method import Method
 from .rows import Rows
 from .tower import Picture
 from .trace import Decision, PruningTrace

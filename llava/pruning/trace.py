@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .method import Cause
+from .decisions import Cause
 
 
 @dataclass(frozen=True)

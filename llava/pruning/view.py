@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import Tally
 from .rows import Rows
 from .shares import measure_visual_shares
+from .tower import Picture
+from .trace import PruningTrace
 from .varlen import to_device
-
-if TYPE_CHECKING:
-    from .tower import Picture
-    from .trace import PruningTrace
 
 
 class Attended(NamedTuple):

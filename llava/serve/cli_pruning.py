@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llava.serve.options import add_model_options, add_pruning_option
-from llava.serve.text import clean_text
+from llava.options import add_generation_options, add_model_options, add_pruning_option
+from llava.utils import clean_text
 
 
 def main(argv: Sequence[str] | None = None, *, can_prune: bool = True) -> int:
@@ -56,12 +56,7 @@ def _arguments(argv: Sequence[str] | None, can_prune: bool) -> argparse.Namespac
         prune.add_argument("--compare", action="store_true", help="answer dense and pruned, side by side")
 
     answer = parser.add_argument_group("answers")
-    answer.add_argument("--temperature", type=float, default=0.0, help="0 (default) is greedy; above, sampled")
-    answer.add_argument("--top_p", "--top-p", type=float, help="nucleus of the sampling")
-    answer.add_argument(
-        "--num_beams", "--num-beams", type=int, default=1, help="beam search; the text comes at its end"
-    )
-    answer.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512, help="default: 512")
+    add_generation_options(answer, max_new_tokens=512)
     parser.add_argument("--debug", action="store_true", help="tracebacks of errors, and the trace after every answer")
     args = parser.parse_args(argv)
     if not can_prune:

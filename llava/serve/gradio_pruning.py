@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
 import queue
 import threading
 import warnings
@@ -16,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 try:
@@ -25,27 +25,23 @@ except ImportError as missing:
     raise SystemExit("error: the web chat needs gradio; install the extra: pip install -e '.[web]'") from missing
 
 from llava.images import load_image
-from llava.pruning import PruningConfig
-from llava.serve.chat import (
-    Answer,
-    ChatModel,
-    ChatSession,
-    GenerationOptions,
-    LoadOptions,
-    describe,
-)
-from llava.serve.options import add_model_options, add_pruning_option
-from llava.serve.stock_chat import open_checkpoint
+from llava.inference import Answer, GenerationOptions, LoadedModel, LoadOptions, open_checkpoint
+from llava.model.recommended import PUBLISHED
+from llava.options import add_model_options, add_pruning_option, from_arguments
+from llava.pruning import Method, VisiPruner
+from llava.pruning.methods.visipruner import STAGES
+from llava.serve.chat import ChatSession
+from llava.serve.describe import describe
 from llava.utils import UserError, run_main
 from llava.visualize.draw import overlay_kept
-from llava.visualize.geometry import kept_in_words, patch_maps
+from llava.visualize.patches import kept_in_words, kept_rows, patch_maps
 
 MAX_UPLOAD = "20mb"
 MAX_PIXELS = 25_000_000
 MAX_QUESTION = 4_000
 EXAMPLE_PICTURES = Path(__file__).parent.parent / "assets" / "images"
 RUNS = {"pruned": "Pruned", "dense": "Dense", "compare": "Compare both"}
-STAGES = ("shallow", "middle", "deep")
+
 CSS = """
 .gradio-container { max-width: 75rem !important; margin: 0 auto !important; }
 @media (max-width: 640px) { .gradio-container { padding: .5rem !important; } }
@@ -75,7 +71,7 @@ class WebSession:
 class WebChat:
     """What the page's controls do. Holds the model; everything of a user is in the `WebSession`."""
 
-    def __init__(self, model: ChatModel, examples: dict[str, Path]) -> None:
+    def __init__(self, model: LoadedModel, examples: dict[str, Path]) -> None:
         self.model = model
         self.examples = examples
         self.recommended = model.checkpoint.pruning_config()
@@ -155,9 +151,11 @@ class WebChat:
         layer_threshold: float | None,
         tokens_threshold: float | None,
         mid_deep_layer: float | None,
-    ) -> PruningConfig | None:
+    ) -> Method | None:
         if run == "dense":
             return None
+        if not isinstance(self.recommended, VisiPruner):
+            return self.recommended  # the page has controls for VisiPruner's knobs alone
         numbers = {
             "shallow_mid_layer": _whole(shallow_mid_layer),
             "layer_threshold": layer_threshold,
@@ -171,7 +169,7 @@ class WebChat:
 
     @staticmethod
     def _prepare(
-        session: WebSession, question: str, run: str, config: PruningConfig | None, options: GenerationOptions
+        session: WebSession, question: str, run: str, config: Method | None, options: GenerationOptions
     ) -> None:
         if run not in RUNS:
             raise UserError(f"{run!r} is no way to run; choose one of {', '.join(RUNS)}")
@@ -232,13 +230,9 @@ class WebChat:
         newest = pictures[-1]
         if answer.trace is None or not answer.visual_tokens:
             return newest.image, ""
-        patches = patch_maps(self.model.checkpoint, session.chat.last_prompt(), pictures)[-1]
+        patches = patch_maps(self.model.checkpoint, session.chat.last_prompt())[-1]
         # Pictures are spliced in order, so the newest one's rows are the last.
-        positions = answer.trace.visual_positions[-len(patches.boxes) :]
-        if answer.trace.select_layer is None:
-            kept = np.full(len(positions), answer.trace.exit_layer is None)
-        else:
-            kept = np.isin(positions, answer.trace.kept_positions)
+        kept = kept_rows(answer.trace)[-len(patches.boxes) :]
         if not patches.is_known:
             return newest.image, f" · {kept_in_words(kept)}"
         return overlay_kept(newest.image, patches, kept), ""
@@ -308,13 +302,19 @@ def build_page(web: WebChat) -> gr.Blocks:
                     clear = gr.Button("New conversation", elem_id="clear")
                 run = gr.Radio([(name, key) for key, name in RUNS.items()], value="pruned", label="Run", elem_id="run")
                 with gr.Accordion("Pruning and decoding", open=False):
-                    stages = gr.CheckboxGroup(list(STAGES), value=list(config.mode), label="Stages (mode)")
-                    with gr.Row():
-                        shallow_mid_layer = gr.Number(config.shallow_mid_layer, label="shallow_mid_layer")
-                        layer_threshold = gr.Number(config.layer_threshold, label="layer_threshold", step=0.001)
-                    with gr.Row():
-                        tokens_threshold = gr.Number(config.tokens_threshold, label="tokens_threshold", step=0.01)
-                        mid_deep_layer = gr.Number(config.mid_deep_layer, label="mid_deep_layer (deep without middle)")
+                    is_ours = isinstance(config, VisiPruner)
+                    knobs = config if isinstance(config, VisiPruner) else PUBLISHED
+                    if not is_ours:
+                        gr.Markdown(f"Method: `{json.dumps(config.to_dict())}`")
+                    stages = gr.CheckboxGroup(
+                        list(STAGES), value=list(knobs.mode), label="Stages (mode)", visible=is_ours
+                    )
+                    with gr.Row(visible=is_ours):
+                        shallow_mid_layer = gr.Number(knobs.shallow_mid_layer, label="shallow_mid_layer")
+                        layer_threshold = gr.Number(knobs.layer_threshold, label="layer_threshold", step=0.001)
+                    with gr.Row(visible=is_ours):
+                        tokens_threshold = gr.Number(knobs.tokens_threshold, label="tokens_threshold", step=0.01)
+                        mid_deep_layer = gr.Number(knobs.mid_deep_layer, label="mid_deep_layer (deep without middle)")
                     with gr.Row():
                         max_new_tokens = gr.Slider(1, 512, 128, step=1, label="Longest answer, tokens")
                         temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature (0: greedy)")
@@ -403,10 +403,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")
-    given = PruningConfig.from_any(args.pruning_config)
     checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = checkpoint.pruning_config(given)
-    model = ChatModel(checkpoint, LoadOptions.of_arguments(args))
+    config = checkpoint.pruning_config(args.pruning_config)
+    model = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     web = WebChat(model, example_pictures())
     web.recommended = config
     launch(web, args.host, args.port, share=args.share)

@@ -21,23 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llava.inference import Answer, Checkpoint, GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
 from llava.model.builder import check_device, parse_dtype
-from llava.pruning import PruningConfig
-from llava.serve.chat import (
-    Answer,
-    ChatModel,
-    ChatSession,
-    Checkpoint,
-    Comparison,
-    GenerationOptions,
-    LoadOptions,
-    Turn,
-    describe,
-    rows_in_words,
-)
-from llava.serve.stock_chat import open_checkpoint
-from llava.serve.text import clean_text
-from llava.utils import UserError
+from llava.options import from_arguments
+from llava.pruning import Method
+from llava.serve.chat import ChatSession, Comparison
+from llava.serve.describe import describe, rows_in_words
+from llava.utils import UserError, clean_text, write_whole
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 
@@ -99,15 +89,14 @@ def _report(error: Exception, debug: bool) -> int:
 
 def _run(args: argparse.Namespace, can_prune: bool) -> int:
     # Everything that can be wrong is looked at before any weight is read.
-    options = GenerationOptions(args.max_new_tokens, args.temperature, args.top_p, args.num_beams)
-    given = PruningConfig.from_any(args.pruning_config)
+    options = from_arguments(GenerationOptions, args)
     if args.device is not None:
         check_device(args.device)
     if args.dtype is not None:
         parse_dtype(args.dtype)
     question = _one_shot_question(args)
     checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = None if args.dense else checkpoint.pruning_config(given)
+    config = None if args.dense else checkpoint.pruning_config(args.pruning_config)
     pictures = [checkpoint.read_picture(source) for source in args.image_file]
     checkpoint.encode([Turn(question or "", pictures)])
 
@@ -139,10 +128,10 @@ def _one_shot_question(args: argparse.Namespace) -> str | None:
     return question.strip()
 
 
-def _load(checkpoint: Checkpoint, args: argparse.Namespace) -> ChatModel:
+def _load(checkpoint: Checkpoint, args: argparse.Namespace) -> LoadedModel:
     if sys.stderr.isatty():
         print(f"Loading {clean_text(checkpoint.name)} …", file=sys.stderr)  # the loader draws a bar for large ones
-    return ChatModel(checkpoint, LoadOptions.of_arguments(args))
+    return LoadedModel(checkpoint, from_arguments(LoadOptions, args))
 
 
 @contextmanager
@@ -221,9 +210,9 @@ def comparison_table(both: Comparison) -> Table:
     row("rows per layer", lambda answer: rows_in_words(answer.rows_per_layer))
     row("FLOPs saved (paper)", saved("paper"))
     row("FLOPs saved (executed)", saved("executed"))
-    row("time to first token", lambda answer: f"{answer.time_to_first_token * 1000:.1f} ms")
-    row("tokens/s", lambda answer: f"{answer.tokens_per_second:.1f}" if answer.tokens_per_second else "–")
-    ratio = dense.time_to_first_token / pruned.time_to_first_token
+    row("time to first token", lambda answer: f"{answer.clock.first_token * 1000:.1f} ms")
+    row("tokens/s", lambda answer: f"{answer.clock.tokens_per_second:.1f}" if answer.clock.tokens_per_second else "–")
+    ratio = dense.clock.first_token / pruned.clock.first_token
     table.caption = Text(
         f"answers {'agree' if both.agree else 'differ'} · first token ×{ratio:.2f} as fast, measured once"
     )
@@ -269,7 +258,7 @@ class Chat:
         self.session = session
         self.compare = compare
         self.debug = debug
-        self._set_aside: PruningConfig | None = None
+        self._set_aside: Method | None = None
         self._last: Answer | None = None
         self._is_over = False
         # name → what is written after it, what it does, how
@@ -396,15 +385,7 @@ class Chat:
             raise UserError(f"{path} is a folder")
         if path.exists() and not replace:
             raise UserError(f"{path} exists; /save! {argument} replaces it")
-        text = json.dumps(self.session.to_dict(), indent=2) + "\n"
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            with suppress(OSError):
-                beside.unlink()
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        write_whole(path, json.dumps(self.session.to_dict(), indent=2) + "\n")
         print(clean_text(f"wrote {path} (turns: {len(self.session.turns)})"))
 
     def _reset(self, argument: str) -> None:

@@ -4,7 +4,6 @@
 `attention_to_image`, …) turn the record into arrays; `llava.visualize.draw` (extra `viz`) draws arrays.
 """
 
-from .geometry import PatchMap, patch_map, patch_maps
 from .lenses import (
     Shares,
     TopTokens,
@@ -21,6 +20,7 @@ from .lenses import (
     value_output_lens,
 )
 from .observe import Observation, observe
+from .patches import PatchMap, patch_map, patch_maps
 from .record import Recording, RowRecord, record
 
 __all__ = [

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from llava.pruning import PruningConfig, PruningTrace, prune
-from llava.pruning.flops import savings
-from llava.serve.chat import ChatModel, GenerationOptions, Picture, Turn
+from llava.inference import GenerationOptions, LoadedModel, Picture, Turn
+from llava.pruning import Method, PruningConfig, PruningTrace
 from llava.utils import UserError
 
-from .geometry import PatchMap, patch_maps
 from .lenses import readable
+from .patches import PatchMap, kept_rows, patch_maps
 from .record import Recording, RowRecord, record
 
 
@@ -40,7 +39,7 @@ class Observation:
     picture: Picture
     question: str
     answer: str
-    config: PruningConfig | None
+    config: Method | None
     trace: PruningTrace
     savings: dict[str, float]
     recording: Recording
@@ -56,9 +55,7 @@ class Observation:
     @property
     def kept(self) -> np.ndarray:
         """Visual rows left after selection, bool [visual rows]; all where nothing was selected."""
-        if self.trace.select_layer is None:
-            return np.full(self.trace.num_visual, self.trace.exit_layer is None)
-        return np.isin(self.recording.visual_positions, self.trace.kept_positions)
+        return kept_rows(self.trace)
 
     def answer_row(self, token: int) -> RowRecord:
         """The row that predicted token number `token` of the answer; the first one is the prompt's last row."""
@@ -66,7 +63,7 @@ class Observation:
 
 
 def observe(
-    chat: ChatModel,
+    chat: LoadedModel,
     picture: Any,
     question: str,
     config: Any = None,
@@ -90,16 +87,19 @@ def observe(
     checkpoint = chat.checkpoint
     if not question.strip():
         raise UserError("the question is empty; ask something about the picture")
-    prepared = picture if isinstance(picture, Picture) else checkpoint.read_picture(picture)
+    shown = picture if isinstance(picture, Picture) else checkpoint.read_picture(picture)
     checked = None if config is None else checkpoint.pruning_config(config)
-    prompt = checkpoint.encode([Turn(question, [prepared])])
+    prompt = checkpoint.encode([Turn(question, [shown])])
     is_visual = prompt.is_visual.numpy()
 
     # Row N - 1 + k predicts token k.
     watched = [*rows, *range(prompt.num_rows - 1, prompt.num_rows - 1 + max_new_tokens)]
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    with prune(chat.model, checked) as run, record(chat.model, is_visual, watched) as recording:
-        answer = chat.answer(prompt, None, options)
+    # Dense runs have a trace too: an empty mode prunes nothing and changes no bit.
+    config = PruningConfig(mode=()) if checked is None else checked
+    with record(chat.model, is_visual, watched) as recording:
+        answer = chat.answer(prompt, config, options)
+    assert answer.trace is not None
 
     def pieces(ids: Iterable[int]) -> list[str]:
         return [readable(str(piece)) for piece in chat.tokenizer.convert_ids_to_tokens(list(ids))]
@@ -107,14 +107,14 @@ def observe(
     patches = (f"patch {number}" for number in range(prompt.num_visual))
     words = iter(pieces(prompt.row_ids[~prompt.is_visual].tolist()))
     labels = [next(patches if visual else words) for visual in is_visual]
-    (where,) = patch_maps(checkpoint, prompt, [prepared])
+    (where,) = patch_maps(checkpoint, prompt)
     return Observation(
-        picture=prepared,
+        picture=shown,
         question=question,
         answer=answer.text,
         config=checked,
-        trace=run.traces[0],
-        savings=savings(run.traces[0], chat.model),
+        trace=answer.trace,
+        savings=answer.flops_saved,
         recording=recording,
         patches=where,
         labels=[*labels, *pieces(answer.ids)],

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.pruning.decisions import Read
 from llava.pruning.families import adapter_for
-from llava.pruning.method import Read
 from llava.pruning.prefill import Prefill
 from llava.pruning.shares import measure_visual_shares
 from llava.utils import UserError

@@ -15,7 +15,6 @@ import hashlib
 import io
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -30,15 +29,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from llava.pruning import PruningConfig
+from llava.inference import LoadedModel, LoadOptions, Turn, open_checkpoint
+from llava.options import add_model_options, add_pruning_option, from_arguments
+from llava.pruning import VisiPruner
 from llava.pruning.flops import vision_attention_saved
-from llava.serve.chat import ChatModel, LoadOptions, Picture, Turn
-from llava.serve.options import add_model_options, add_pruning_option
-from llava.serve.stock_chat import open_checkpoint
-from llava.utils import UserError, run_main
+from llava.utils import UserError, run_main, write_whole
 
 from .draw import overlay_kept
-from .geometry import kept_in_words
 from .lenses import (
     TopTokens,
     attention_shares,
@@ -49,6 +46,7 @@ from .lenses import (
     value_output_lens,
 )
 from .observe import Observation, observe
+from .patches import kept_in_words
 
 TOP = 5
 PICTURE_SIDE = 768
@@ -60,7 +58,7 @@ CONVENTIONS = {
 }
 
 
-def build_report(chat: ChatModel, runs: dict[str, Observation]) -> str:
+def build_report(chat: LoadedModel, runs: dict[str, Observation]) -> str:
     """The page for one or more runs of the same question.
 
     Args:
@@ -95,13 +93,13 @@ def build_report(chat: ChatModel, runs: dict[str, Observation]) -> str:
     )
 
 
-def _run_facts(chat: ChatModel, run: Observation) -> dict[str, Any]:
+def _run_facts(chat: LoadedModel, run: Observation) -> dict[str, Any]:
     trace, config, last = run.trace, run.config, run.last
     shares = attention_shares(run.recording, last)
     curve = smallest_cosines(last)
-    is_dense, is_known = config is None or not config.mode, run.patches.is_known
+    is_dense, is_known = config is None or config.is_dense, run.patches.is_known
     thresholds = {}
-    if config is not None and config.middle:
+    if isinstance(config, VisiPruner) and config.middle:
         thresholds["layer_threshold"] = config.layer_threshold
         if config.deep:
             thresholds["exit_threshold"] = config.exit_threshold
@@ -187,7 +185,7 @@ def _slider_data(runs: dict[str, Observation]) -> dict[str, Any]:
     return data
 
 
-def _facts(chat: ChatModel) -> dict[str, str]:
+def _facts(chat: LoadedModel) -> dict[str, str]:
     return {
         "model": chat.checkpoint.name,
         "layers": str(chat.checkpoint.num_layers),
@@ -211,22 +209,6 @@ def _data_uri(image: Image.Image) -> str:
         image.save(buffers[kind], kind, **options)  # type: ignore[arg-type]
     kind, buffer = min(buffers.items(), key=lambda entry: len(entry[1].getvalue()))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that at every moment the old one or the whole new one is there."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp gives a file to its owner alone; a report has the rights of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # --- the program -----------------------------------------------------------------------------------------------
@@ -261,20 +243,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--question is empty; ask something about the picture")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
-    given = PruningConfig.from_any(args.pruning_config)
     checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = checkpoint.pruning_config(given)
-    picture: Picture = checkpoint.read_picture(args.image)
+    config = checkpoint.pruning_config(args.pruning_config)
+    picture = checkpoint.read_picture(args.image)
     checkpoint.encode([Turn(args.question, [picture])])
 
-    chat = ChatModel(checkpoint, LoadOptions.of_arguments(args))
+    chat = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     runs = {"pruned": observe(chat, picture, args.question, config, max_new_tokens=args.max_new_tokens)}
     if args.compare:
         runs["dense"] = observe(chat, picture, args.question, max_new_tokens=args.max_new_tokens)
-    try:
-        write_whole(output, build_report(chat, runs))
-    except OSError as error:
-        raise UserError(f"cannot write {str(output)!r}: {error.strerror or error}") from error
+    write_whole(output, build_report(chat, runs))
     print(f"wrote {output} ({output.stat().st_size / 1024:,.0f} KiB)")
     return 0
 

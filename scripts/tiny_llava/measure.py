@@ -19,11 +19,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from llava.constants import SHIPPED_MODEL_PATH
-from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from llava.pruning import PruningTrace, prune
-from llava.pruning.methods import FastV, Random
+from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
+from llava.pruning import Method, PruningTrace
 from llava.pruning.flops import DecoderShape, savings
+from llava.pruning.methods import FastV, Random
 
 from .data import NEWLINE, SIDE_BY_SIDE, Encoder, easy_batches, held_out_batch, phrase
 from .easyvqa import easy_by_image, easy_picture
@@ -31,7 +30,6 @@ from .evaluate import NORMAL_95, evaluate, interval
 from .model import Learner
 from .questions import NUMBERS, YES_NO, write_questions
 from .renderer import COLORS, SHAPES, SIZES, make_scene, render
-from .tokenizer import prompt
 
 ANSWER_TOKENS = 6
 
@@ -71,9 +69,8 @@ class Shipped:
     """The checkpoint, loaded as any user loads it (float32 on CPU)."""
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = str(path or SHIPPED_MODEL_PATH)
-        loaded = load_pretrained_model(self.path, None, "tiny_llava", device="cpu", dtype=torch.float32)
-        self.tokenizer, self.model, self.processor, _ = loaded
+        self.loaded = LoadedModel(open_checkpoint(path or SHIPPED_MODEL_PATH), LoadOptions("cpu", "float32"))
+        self.model, self.processor = self.loaded.model, self.loaded.checkpoint.image_processor
 
     def answer(
         self,
@@ -82,26 +79,21 @@ class Shipped:
         batch: int = 32,
     ) -> tuple[list[str], list[PruningTrace]]:
         """Greedy answers and traces, in the samples' order; dense without a config."""
-        ids = [tokenizer_image_token(prompt(sample.question), self.tokenizer) for sample in samples]
-        order = sorted(range(len(samples)), key=lambda k: len(ids[k]))
+        checkpoint = self.loaded.checkpoint
+        # An empty mode is dense, and leaves a trace.
+        checked = Method.from_any(config or {"mode": []})
+        options = GenerationOptions(max_new_tokens=ANSWER_TOKENS)
+        prompts = [
+            checkpoint.encode([Turn(sample.question, [checkpoint.read_picture(sample.picture)])]) for sample in samples
+        ]
+        order = sorted(range(len(samples)), key=lambda k: prompts[k].num_rows)
         answers: list[str] = [""] * len(samples)
         traces: list[Any] = [None] * len(samples)
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            longest = max(len(ids[k]) for k in chosen)
-            rows = torch.zeros(len(chosen), longest, dtype=torch.long)
-            mask = torch.zeros_like(rows)
-            for row, k in enumerate(chosen):
-                rows[row, longest - len(ids[k]) :] = torch.tensor(ids[k])
-                mask[row, longest - len(ids[k]) :] = 1
-            images = process_images([samples[k].picture for k in chosen], self.processor, self.model.config)
-            with prune(self.model, config) as run:
-                new = self.model.generate(
-                    rows, images=images, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER_TOKENS
-                )
-            for row, k in enumerate(chosen):
-                answers[k] = self.tokenizer.decode(new[row], skip_special_tokens=True).strip()
-                traces[k] = run.traces[row]
+            answered = self.loaded.answer_batch([prompts[k] for k in chosen], checked, options)
+            for k, answer in zip(chosen, answered, strict=True):
+                answers[k], traces[k] = answer.text, answer.trace
         return answers, traces
 
 
@@ -162,7 +154,7 @@ def _describe(
         "accuracy": figures(score(samples, answers)),
         "saved": mean_savings(traces, shipped.model),
         "selected": len(selected) / len(traces),
-        "mean_kept": _mean([len(trace.kept_positions) for trace in selected]),
+        "mean_kept": _mean([trace.num_kept for trace in selected]),
         "mean_select_layer": _mean([trace.select_layer for trace in selected]),
         "mean_exit_layer": _mean([trace.exit_layer for trace in exited]),
     }

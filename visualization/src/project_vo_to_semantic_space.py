@@ -28,11 +28,11 @@ import numpy as np
 
 warnings.filterwarnings("ignore", message="IProgress")  # a progress bar's, where Jupyter's widgets are not installed
 
-from llava.serve.chat import ChatModel, Checkpoint
+from llava.inference import LoadedModel, open_checkpoint
 from llava.visualize import *
 from llava.visualize.draw import *
 
-chat = ChatModel(Checkpoint(MODEL))
+chat = LoadedModel(open_checkpoint(MODEL))
 config = chat.checkpoint.pruning_config(CONFIG)
 
 # %%

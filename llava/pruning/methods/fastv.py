@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..decisions import keep_best
 from ..knobs import Count, Layer, knob
-from ..method import Method, keep_best, number_to_keep, register
+from ..method import Method, number_to_keep, register
 
 
 @register("fastv")

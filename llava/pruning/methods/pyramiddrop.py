@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..decisions import keep_best
 from ..knobs import Choice, Count, Layers, knob, refuse
-from ..method import Method, keep_best, register
+from ..method import Method, register
 
 
 @register("pyramiddrop")

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..decisions import keep_best
 from ..knobs import Count, Integer, Layer, knob
-from ..method import Method, keep_best, number_to_keep, register
+from ..method import Method, number_to_keep, register
 
 
 @register("random")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..decisions import LEAVE, keep_best
 from ..errors import PruningConfigError
 from ..knobs import Choice, Integer, Layer, check_first_layer, knob
-from ..method import LEAVE, Method, keep_best, register
+from ..method import Method, register
 from .visipruner import SINKS, shallow_stage
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..decisions import Treatment
 from ..knobs import Layers, knob
-from ..method import Method, Treatment, register
+from ..method import Method, register
 
 
 @register("shortv")

@@ -5,19 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from ..decisions import LEAVE, Keep, Read, Treatment
 from ..errors import PruningConfigError
 from ..knobs import Choice, Integer, Layer, Number, Subset, check_first_layer, knob, refuse
-from ..method import LEAVE, Keep, Method, Read, Treatment, register
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..trace import PruningTrace
-    from ..view import View
+from ..method import Method, register
+from ..trace import PruningTrace
+from ..view import View
 
 STAGES = ("shallow", "middle", "deep")
 SINKS = {"first": Read.FIRST_SINK, "half": Read.HALF_SINK}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..decisions import LEAVE
 from ..knobs import Layer, knob
-from ..method import LEAVE, Method, register
+from ..method import Method, register
 
 
 @register("vtw")

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Write your own policy
+# # Write your own method
 #
-# The engine keeps text rows, positions, masks and the cache right; a policy only says which visual rows survive, and
-# after which layer. Here is one, in a cell, run against VisiPruner (*VisiPruner: Decoding Discontinuous Cross-Modal
+# The engine keeps text rows, positions, masks and the cache right; a method only says which visual rows go on, and
+# behind which layer. Here is one, in a cell, run against VisiPruner (*VisiPruner: Decoding Discontinuous Cross-Modal
 # Dynamics for Efficient Multimodal LLMs* (arXiv 2510.17205)) and against FastV's rule (arXiv 2403.06764).
 #
 # **The idea tried here**: like VisiPruner, wait for the layer at which the image is read; then keep the rows that
@@ -30,47 +30,50 @@ import numpy as np
 
 warnings.filterwarnings("ignore", message="IProgress")  # a progress bar's, where Jupyter's widgets are not installed
 
-from llava.serve.chat import ChatModel, Checkpoint
+from llava.inference import LoadedModel, open_checkpoint
 from llava.visualize import *
 from llava.visualize.draw import *
 
-chat = ChatModel(Checkpoint(MODEL))
+chat = LoadedModel(open_checkpoint(MODEL))
 config = chat.checkpoint.pruning_config(CONFIG)
 
 # %%
-from llava.pruning import Cause, Decision, Policy
-from llava.pruning.baselines import keep_at_layer
+from dataclasses import dataclass
+
+from llava.pruning import Keep, Method, methods, register
 
 
-class ShareOfShares(Policy):
+@register("share_of_shares")  # now JSON can name it: {"method": "share_of_shares", "part": 0.5}
+@dataclass(frozen=True)
+class ShareOfShares(Method):
     """Keep the visual rows with the longest shares until they hold `part` of the length of all shares."""
 
-    def __init__(self, prompt, first_layer=4, threshold=0.995, part=0.5):
-        self.first_layer, self.threshold, self.part = first_layer, threshold, part
-        self.selected = False
+    first_layer: int = 4
+    threshold: float = 0.995
+    part: float = 0.5
 
-    def needs_probe(self, layer):
-        return layer > self.first_layer and not self.selected
+    def looks_behind(self, num_layers):
+        return range(self.first_layer + 1, num_layers)
 
-    def decide(self, layer, num_visual, probe):
-        if probe is None or probe.cosine.min() >= self.threshold:
+    def measure(self, view):
+        return None if view.trace.decisions else view.shares()
+
+    def decide(self, layer, measured, trace):
+        if measured is None or measured["cosine"].min() >= self.threshold:
             return None
-        self.selected = True
-        order = np.argsort(-probe.norm)
-        held = np.cumsum(probe.norm[order]) / probe.norm.sum()
-        keep = np.zeros(num_visual, dtype=bool)
-        keep[order[: int(np.searchsorted(held, self.part)) + 1]] = True
-        return Decision(keep, Cause.SELECTION)
+        order = np.argsort(-measured["norm"])
+        held = np.cumsum(measured["norm"][order]) / measured["norm"].sum()
+        return Keep(np.sort(order[: int(np.searchsorted(held, self.part)) + 1]))
 
 
 # %%
-methods = {
-    "VisiPruner": {"config": config},
-    "share of shares": {"policy": ShareOfShares},
-    "FastV, 16 kept": {"policy": keep_at_layer(2, 16)},
+configs = {
+    "VisiPruner": config,
+    "share of shares": {"method": "share_of_shares"},
+    "FastV, 16 kept": methods.FastV(layer=3, keep=16),
 }
 dense = observe(chat, PICTURE, QUESTION)
-runs = {name: observe(chat, PICTURE, QUESTION, **how) for name, how in methods.items()}
+runs = {name: observe(chat, PICTURE, QUESTION, how) for name, how in configs.items()}
 print("dense:", dense.answer)
 for name, run in runs.items():
     print(f"{name}: {run.answer} | selected at layer {run.trace.select_layer}, kept {int(run.kept.sum())}")
@@ -94,14 +97,14 @@ import json
 
 folder = SHIPPED_MODEL_PATH.parent / "images"
 questions = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()][::3][:8]
-agree = dict.fromkeys(methods, 0)
-kept = {name: [] for name in methods}
+agree = dict.fromkeys(configs, 0)
+kept = {name: [] for name in configs}
 for each in questions:
     answer = observe(chat, folder / each["image"], each["text"]).answer
-    for name, how in methods.items():
-        run = observe(chat, folder / each["image"], each["text"], **how)
+    for name, how in configs.items():
+        run = observe(chat, folder / each["image"], each["text"], how)
         agree[name] += run.answer == answer
         kept[name].append(int(run.kept.sum()))
-for name in methods:
+for name in configs:
     share = f"{agree[name]} of {len(questions)} answers as dense"
     print(f"{name}: {share}, {np.mean(kept[name]):.1f} visual tokens kept on average")

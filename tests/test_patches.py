@@ -23,8 +23,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from llava.pruning.families import adapter_for
-from llava.visualize.geometry import map_of_grids
+from llava.visualize.patches import map_of_grids, patch_grids
 
 SHARP = {"resample": Image.Resampling.BOX}
 CROP = {"crop_size": {"height": 28, "width": 28}}
@@ -95,8 +94,8 @@ class Eye:
 
     def maps(self, *pictures):
         sizes = [picture.size for picture in pictures]
-        adapter = adapter_for(self.model)
-        grids = adapter.patch_grids(self.processor, self.inputs(*pictures), sizes, len(self.rows(*pictures)))
+        inputs, num_visual = self.inputs(*pictures), len(self.rows(*pictures))
+        grids = patch_grids(self.model.config, self.processor, inputs, sizes, num_visual)
         return grids and [map_of_grids(size, own) for size, own in zip(sizes, grids, strict=True)]
 
 
@@ -190,5 +189,5 @@ def test_settings_that_no_layout_reckons_with_are_not_guessed_at() -> None:
 
 
 def test_a_video_has_no_place_in_a_picture() -> None:
-    adapter = adapter_for(Eye("qwen2-vl").model)
-    assert adapter.patch_grids(None, {"pixel_values_videos": torch.zeros(1)}, [], 8) is None
+    config = Eye("qwen2-vl").model.config
+    assert patch_grids(config, None, {"pixel_values_videos": torch.zeros(1)}, [], 8) is None
