@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from llava.inference.answer import Answer, Clock, GenerationOptions
 from llava.inference.checkpoint import Checkpoint, LoadOptions, Prompt
 from llava.mm_utils import KeywordsStoppingCriteria
-from llava.pruning import Method, prune
+from llava.pruning import Method, call_lock, prune
 from llava.pruning.flops import DecoderShape, savings
 
 
