@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import LlamaConfig, MistralConfig
 
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.llava_arch import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.utils import UserError
 
 AnyLlavaConfig = LlavaConfig | LlavaMistralConfig
