@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     LlamaModel,
     LlavaForConditionalGeneration,
@@ -31,6 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import Size, get_anyres_image_grid_shape, merge_type, unpadded_box
+from llava.model import checkpoint
 from llava.model.key_mapping import module_names, original_name
 from llava.model.vision import VisionTower, build_projector, has_vision_tower
 from llava.pruning import PruningConfig, PruningTrace, call_lock, prune
@@ -110,6 +113,23 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         self.model = LlavaParts(config, self.decoder_class)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """transformers' own, for a folder (or hub id) with weights under the names of any layout.
+
+        `load_pretrained_model` does more: it checks first, and finds a tower or an adapter's base elsewhere.
+        """
+        if path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        folder = checkpoint.resolve_folder(path)
+        checkpoint.fetch_weights(path, folder)
+        given = {"config": cls.config_class.from_pretrained(folder)} | kwargs
+        weights = module_names(checkpoint.open_weights(folder))
+        model = super().from_pretrained(None, *args, state_dict=weights, **given)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """torch's own, for weights under the names of any layout."""
@@ -502,16 +522,11 @@ class _WithoutPrompt(BaseStreamer):
 
 
 def _left_pad(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> SplicedInputs:
-    longest = max(len(rows) for rows, _ in samples)
-    first = samples[0][0]
-    embeds = first.new_zeros(len(samples), longest, first.shape[-1])
-    attention = torch.zeros(len(samples), longest, dtype=torch.long, device=first.device)
-    ids = torch.zeros(len(samples), longest, dtype=torch.long, device=first.device)
-    for index, (rows, row_ids) in enumerate(samples):
-        start = longest - len(rows)
-        embeds[index, start:] = rows
-        attention[index, start:] = 1
-        ids[index, start:] = row_ids
+    def padded(sequences: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence(sequences, batch_first=True, padding_side="left")
+
+    embeds, ids = (padded(list(parts)) for parts in zip(*samples, strict=True))
+    attention = padded([torch.ones_like(row_ids) for _, row_ids in samples])
     positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
     return SplicedInputs(embeds, attention, positions, ids == IMAGE_TOKEN_INDEX, ids)
 
