@@ -27,7 +27,13 @@ from tiny_checkpoints import (
     write_tower,
     write_weights,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -160,6 +166,19 @@ def test_hf_anyres_checkpoints_answer_as_transformers_own_llava_next(tmp_path, s
         ).logits
         ours = model(ids[None], images=tiles, image_sizes=[size]).logits
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mistral", [False, True], ids=["llama", "mistral"])
+def test_from_pretrained_reads_original_checkpoints_and_saved_models(tmp_path, mistral):
+    model = tiny_model(tiny_config(mistral))
+    original = write_original(tmp_path / "original", model, "bin", sliding_window=None)
+    write_json(original / "generation_config.json", {"eos_token_id": [2, 7]})
+    loaded = type(model).from_pretrained(original, dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == original_weights(model).keys()
+    for other in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        assert type(other) is type(model) and other.generation_config.eos_token_id == [2, 7]
+        assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in other.state_dict().items())
 
 
 def base_of(folder: Path, model) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -116,9 +117,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """transformers' own, for a folder (or hub id) with weights under the names of any layout.
+        """transformers' own, for a folder (or hub id) of the original layout with everything inside.
 
-        `load_pretrained_model` does more: it checks first, and finds a tower or an adapter's base elsewhere.
+        :func:`llava.model.builder.load_pretrained_model` takes all checkpoints, and checks them first.
         """
         if path is None:
             return super().from_pretrained(None, *args, **kwargs)
@@ -274,7 +275,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     def _splice_one(self, ids: torch.Tensor, rows: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows ``[N, H]`` of one prompt and the id each came from ``[N]``."""
-        embed: Any = self.get_input_embeddings()
+        embed = self.model.language_model.embed_tokens
         if embed.weight.device.type != "meta":  # offloaded by accelerate; its hooks move the input
             ids = ids.to(embed.weight.device)
         is_image = ids == IMAGE_TOKEN_INDEX
@@ -448,11 +449,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             kwargs.update(dict.fromkeys(SAMPLING_KEYS))
 
     def _is_assisted(self, kwargs: Mapping[str, Any]) -> bool:
-        given = kwargs.get("generation_config")
-        return any(
-            kwargs.get(key) or getattr(given, key, None) or getattr(self.generation_config, key, None)
-            for key in _ASSISTED_KEYS
-        )
+        configs = kwargs.get("generation_config"), self.generation_config
+        options = [kwargs.get(key) or getattr(config, key, None) for config in configs for key in _ASSISTED_KEYS]
+        return any(options)
 
     def _give_every_row_an_id(self, kwargs: dict[str, Any], row_ids: torch.Tensor | None) -> int:
         """Assisted decoding counts ids, so every row gets one. Gives how many ids are to come off the answer."""
@@ -492,7 +491,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
     ) -> dict[str, Any]:
         """transformers' own; at the first step of assisted decoding the draft ids follow the given rows."""
         if is_first_iteration and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
-            drafts = self.get_input_embeddings()(input_ids[:, inputs_embeds.shape[1] :])
+            drafts = self.model.language_model.embed_tokens(input_ids[:, inputs_embeds.shape[1] :])
             inputs_embeds = torch.cat([inputs_embeds, drafts.to(inputs_embeds)], dim=1)
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             next_sequence_length = inputs_embeds.shape[1] - past
@@ -522,9 +521,7 @@ class _WithoutPrompt(BaseStreamer):
 
 
 def _left_pad(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> SplicedInputs:
-    def padded(sequences: list[torch.Tensor]) -> torch.Tensor:
-        return pad_sequence(sequences, batch_first=True, padding_side="left")
-
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
     embeds, ids = (padded(list(parts)) for parts in zip(*samples, strict=True))
     attention = padded([torch.ones_like(row_ids) for _, row_ids in samples])
     positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)

@@ -2,7 +2,7 @@
 
 These two stand beside transformers' LLaVA classes, which know one projector (two layers) and one way to a layer's
 features (all layers, then a choice). Checkpoints have other projectors; and the layers above the chosen one are work
-for nothing, one of 24 for LLaVA.
+for nothing: with LLaVA-1.5's tower 6 % of its time, for equal bits.
 """
 
 from __future__ import annotations
