@@ -442,13 +442,12 @@ def test_auto_classes_know_the_model():
 def test_the_tower_keeps_its_own_attention_setting(model):
     tower = model.get_vision_tower()
     before = tower.config._attn_implementation
-    config = model.get_decoder().config
-    old = config._attn_implementation
-    config._attn_implementation = "eager"
+    old = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
     try:
         assert tower.config._attn_implementation == before
     finally:
-        config._attn_implementation = old
+        model.config._attn_implementation = old
 
 
 def test_gradients_reach_tower_and_projector():

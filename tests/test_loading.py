@@ -207,15 +207,24 @@ def test_projector_only_on_a_base(tmp_path):
         load(folder, base)
 
 
-@pytest.mark.parametrize("extra_tokens", [0, 3])
-def test_lora_on_a_base_is_base_plus_scaled_product(tmp_path, extra_tokens):
+@pytest.mark.parametrize(
+    ("extra_tokens", "targets"),
+    [
+        (0, ["q_proj", "down_proj"]),
+        (3, ["q_proj", "down_proj"]),
+        (0, [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]),
+        (0, r"model\.layers\.\d+\.(self_attn\.q_proj|mlp\.down_proj)"),
+    ],
+    ids=["ends of names", "more tokens", "original names", "pattern"],
+)
+def test_lora_on_a_base_is_base_plus_scaled_product(tmp_path, extra_tokens, targets):
     peft = pytest.importorskip("peft")
     model = tiny_model()
     tower = write_tower(tmp_path / "clip", model)
     base = base_of(tmp_path / "vicuna", model)
     folder = tmp_path / "llava-lora"
     text = LlamaForCausalLM(LlamaConfig(**DECODER))  # adapters are in the layout of the original decoder
-    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(text, settings)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
