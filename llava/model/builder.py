@@ -285,6 +285,8 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
         from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     except ImportError as error:
         raise UserError("LoRA adapters need the extra 'peft': pip install 'llava-visipruner[peft]'") from error
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"the adapter in {folder} cannot be merged into offloaded layers; use another device_map")
     weights = {_PEFT + name: weight for name, weight in _adapter_weights(folder).items()}
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config.target_modules, str):  # a pattern for original names; the weights say what it matched

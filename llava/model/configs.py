@@ -12,7 +12,7 @@ from llava.utils import UserError
 
 AnyLlavaConfig = LlavaConfig | LlavaMistralConfig
 
-_MODEL_OF_CONFIG: dict[type, Any] = {LlavaConfig: LlavaLlamaForCausalLM, LlavaMistralConfig: LlavaMistralForCausalLM}
+_MODEL_OF_CONFIG: dict[type, Any] = {cls.config_class: cls for cls in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)}
 
 _HF_MODEL_TYPES = ("llava", "llava_next")
 _CONFIG_OF_DECODER: dict[str, type[AnyLlavaConfig]] = {"llama": LlavaConfig, "mistral": LlavaMistralConfig}
