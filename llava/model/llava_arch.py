@@ -9,16 +9,14 @@ goes by that mask, never by a constant.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -260,35 +258,32 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 f"attention_mask has shape {list(attention_mask.shape)}; it must be that of the prompt ids, "
                 f"{list(input_ids.shape)}"
             )
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        prompts = [ids[kept.to(ids.device)] for ids, kept in zip(input_ids, keep, strict=True)]
-        num_tokens = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in prompts)
-        num_images = 0 if images is None else len(images)
+        embed = self.model.language_model.embed_tokens
+        if embed.weight.device.type != "meta":  # offloaded by accelerate; its hooks move the input
+            input_ids = input_ids.to(embed.weight.device)
+        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+        is_image = keep.bool() & (input_ids == IMAGE_TOKEN_INDEX)
+        num_tokens, num_images = int(is_image.sum()), 0 if images is None else len(images)
         if num_tokens != num_images:
             raise UserError(
                 f"the prompts hold {num_tokens} image tokens, but {num_images} images were given; "
                 "every image needs one <image> in its prompt"
             )
-        rows = iter(self.image_rows(images, image_sizes) if images is not None else [])
-        samples = [self._splice_one(ids, rows) for ids in prompts]
-        return _left_pad(samples)
-
-    def _splice_one(self, ids: torch.Tensor, rows: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows ``[N, H]`` of one prompt and the id each came from ``[N]``."""
-        embed = self.model.language_model.embed_tokens
-        if embed.weight.device.type != "meta":  # offloaded by accelerate; its hooks move the input
-            ids = ids.to(embed.weight.device)
-        is_image = ids == IMAGE_TOKEN_INDEX
-        images = [next(rows) for _ in range(int(is_image.sum()))]
-        # One row a token; an image's many where its token stands.
-        lengths = torch.ones_like(ids)
-        lengths[is_image] = torch.tensor([len(image) for image in images], device=ids.device, dtype=ids.dtype)
-        row_ids = ids.repeat_interleave(lengths)
+        rows = [] if images is None else self.image_rows(images, image_sizes)
+        # No row for padding, one for a token, an image's many where its token stands.
+        lengths = torch.tensor([len(image) for image in rows], dtype=torch.long, device=input_ids.device)
+        counts = keep.bool().long().masked_scatter(is_image, lengths)
+        totals = counts.sum(dim=1, keepdim=True)
+        longest = int(totals.max())
+        attention = torch.arange(longest, device=input_ids.device) >= longest - totals
+        row_ids = torch.zeros_like(attention, dtype=torch.long)
+        row_ids = row_ids.masked_scatter(attention, input_ids.flatten().repeat_interleave(counts.flatten()))
         visual = row_ids == IMAGE_TOKEN_INDEX
-        embeds = embed(row_ids.masked_fill(visual, 0))
-        if images:
-            embeds = embeds.masked_scatter(visual[:, None], torch.cat([image.to(embeds) for image in images]))
-        return embeds, row_ids
+        embeds = embed(row_ids.masked_fill(visual, 0)).masked_fill(~attention[..., None], 0)
+        if rows:
+            embeds = embeds.masked_scatter(visual[..., None], torch.cat([image.to(embeds) for image in rows]))
+        positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
+        return SplicedInputs(embeds, attention.long(), positions, visual, row_ids)
 
     # --- forward and generate ---
 
@@ -518,14 +513,6 @@ class _WithoutPrompt(BaseStreamer):
 
     def end(self) -> None:
         self.streamer.end()
-
-
-def _left_pad(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> SplicedInputs:
-    padded = partial(pad_sequence, batch_first=True, padding_side="left")
-    embeds, ids = (padded(list(parts)) for parts in zip(*samples, strict=True))
-    attention = padded([torch.ones_like(row_ids) for _, row_ids in samples])
-    positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
-    return SplicedInputs(embeds, attention, positions, ids == IMAGE_TOKEN_INDEX, ids)
 
 
 class LlavaMistralForCausalLM(LlavaLlamaForCausalLM):
