@@ -71,7 +71,8 @@ def load_pretrained_model(
         model_name: the checkpoint's name (``lora`` and ``mistral`` in it mean something); absent, from the path.
         load_8bit, load_4bit: quantise while loading, with bitsandbytes (4 bit: nf4, double quantisation, fp16
             compute); tower, projector and ``lm_head`` stay as they are.
-        device_map: as in transformers (``"auto"`` or a dict); wins over ``device``.
+        device_map: as in transformers (``"auto"``, or a dict of module names: ``model.language_model.layers.0``, …);
+            wins over ``device``.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; absent, the first of cuda, mps, cpu that is there.
         dtype: of the weights in memory, whatever the files hold; absent, float32 on CPU and float16 elsewhere.
         attn_implementation: ``sdpa`` (default), ``eager`` or ``flash_attention_2``.
