@@ -48,8 +48,9 @@ def test_weights_offloaded_to_the_cpu_or_to_disk_give_the_same(ready, tmp_path) 
 
 def test_a_device_map_gives_the_same(ready, tmp_path) -> None:
     model, rows, visual, config, naive = ready
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(len(model.model.layers))}
+    decoder = "model.language_model"
+    places = {f"{decoder}.{part}": "cpu" for part in ("embed_tokens", "norm", "rotary_emb")} | {"lm_head": "cpu"}
+    places |= {f"{decoder}.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(len(model.model.layers))}
     spread = dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     assert_equal_runs(*run_engine(spread, rows, visual, config), naive, 1e-4)
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny_checkpoints import ANYRES, DECODER, PATCHES_PER_SIDE, TILE, tiny_config, tiny_model
+from safetensors.torch import load_file
+from tiny_checkpoints import ANYRES, DECODER, PATCHES_PER_SIDE, TILE, original_weights, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -33,7 +34,7 @@ def model():
 def plain(model):
     """transformers' LLaMA with the decoder's weights."""
     decoder = LlamaForCausalLM(LlamaConfig(**DECODER)).eval()
-    decoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in decoder.state_dict()})
+    decoder.load_state_dict({k: v for k, v in original_weights(model).items() if k in decoder.state_dict()})
     return decoder
 
 
@@ -120,7 +121,7 @@ def test_asking_for_hidden_states_does_not_change_the_features():
 def test_mistral_is_transformers_mistral():
     model = tiny_model(tiny_config(mistral=True))
     plain = MistralForCausalLM(MistralConfig(**DECODER, sliding_window=None)).eval()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    plain.load_state_dict({k: v for k, v in original_weights(model).items() if k in plain.state_dict()})
     ids, images = [1, 3, IMAGE, 5, 4], pictures(1)
     rows, _ = by_hand(model, ids, images)
     assert torch.equal(model(torch.tensor([ids]), images=images).logits, plain(inputs_embeds=rows[None]).logits)
@@ -328,7 +329,7 @@ def test_a_streamer_gets_the_new_ids_and_nothing_else(model, options):
 
 def test_visual_mask_reaches_the_decoder_at_prefill_only(model):
     seen = []
-    handle = model.model.register_forward_pre_hook(
+    handle = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("visual_mask")), with_kwargs=True
     )
     try:
@@ -378,8 +379,13 @@ def test_a_plain_config_gives_a_model_without_tower():
     assert not any("mm_projector" in name or "vision" in name for name in model.state_dict())
 
 
-def test_weights_are_named_as_in_original_checkpoints(model):
-    names = set(model.state_dict())
+def test_weights_are_saved_and_taken_under_the_names_of_original_checkpoints(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    other = LlavaLlamaForCausalLM(tiny_config())
+    assert not other.load_state_dict(saved).missing_keys
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in other.state_dict().items())
+    names = set(saved)
     assert {
         "model.mm_projector.0.weight",
         "model.mm_projector.2.bias",
@@ -388,7 +394,7 @@ def test_weights_are_named_as_in_original_checkpoints(model):
         "lm_head.weight",
     } <= names
     assert "model.image_newline" not in names
-    assert "model.image_newline" in set(tiny_model(tiny_config(**ANYRES)).state_dict())
+    assert "model.image_newline" in original_weights(tiny_model(tiny_config(**ANYRES)))
 
 
 @pytest.mark.parametrize(
@@ -403,7 +409,8 @@ def test_projectors_have_the_published_keys(kind, keys):
     hidden = 24 if kind == "identity" else 16
     vision = {**tiny_config().vision_config, "hidden_size": hidden, "num_attention_heads": 4}
     model = tiny_model(tiny_config(mm_projector_type=kind, vision_config=vision, mm_hidden_size=hidden))
-    assert list(model.model.mm_projector.state_dict()) == keys
+    start = "model.mm_projector."
+    assert [name.removeprefix(start) for name in original_weights(model) if name.startswith(start)] == keys
     assert model.encode_images(pictures(1)).shape == (1, ROWS, DECODER["hidden_size"])
 
 
@@ -446,6 +453,6 @@ def test_the_tower_keeps_its_own_attention_setting(model):
 def test_gradients_reach_tower_and_projector():
     model = tiny_model()
     model(torch.tensor([[1, IMAGE, 5]]), images=pictures(1)).logits.sum().backward()
-    assert model.model.mm_projector[0].weight.grad.abs().sum() > 0
-    tower = model.get_vision_tower().vision_tower.vision_model
+    assert model.get_model().mm_projector[0].weight.grad.abs().sum() > 0
+    tower = model.get_vision_tower()
     assert tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0

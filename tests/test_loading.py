@@ -17,6 +17,7 @@ from tiny_checkpoints import (
     VISION,
     VOCAB,
     original_config,
+    original_weights,
     tiny_config,
     tiny_model,
     tiny_tokenizer,
@@ -26,7 +27,13 @@ from tiny_checkpoints import (
     write_tower,
     write_weights,
 )
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -35,7 +42,7 @@ from llava.model.builder import context_length, load_pretrained_model
 from llava.model.configs import is_hf_layout, model_class, model_config
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-from llava.model.multimodal_encoder.builder import vision_config_of
+from llava.model.vision import vision_config_of
 from llava.utils import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -106,7 +113,7 @@ def test_a_tower_beside_the_checkpoint_is_loaded_from_its_own_folder(tmp_path):
     model = tiny_model()
     tower = write_tower(tmp_path / "clip", model)
     folder = write_original(tmp_path / "llava", model, "bin", vision_config=None, mm_vision_tower=str(tower))
-    weights = {k: v for k, v in model.state_dict().items() if "vision_tower" not in k}
+    weights = {k: v for k, v in original_weights(model).items() if "vision_tower" not in k}
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
     write_weights(folder, weights, "bin")
     tokenizer, loaded, image_processor = load(folder)
@@ -123,7 +130,7 @@ def test_a_tower_beside_the_checkpoint_is_loaded_from_its_own_folder(tmp_path):
 def test_a_projector_beside_the_weights_is_taken_where_they_lack_it(tmp_path):
     model = tiny_model()
     folder = write_original(tmp_path / "llava", model)
-    state = model.state_dict()
+    state = original_weights(model)
     write_weights(folder, {k: v for k, v in state.items() if "mm_projector" not in k})
     torch.save({k: v for k, v in state.items() if "mm_projector" in k}, folder / "mm_projector.bin")
     tokenizer, loaded, image_processor = load(folder)
@@ -161,11 +168,25 @@ def test_hf_anyres_checkpoints_answer_as_transformers_own_llava_next(tmp_path, s
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mistral", [False, True], ids=["llama", "mistral"])
+def test_from_pretrained_reads_original_checkpoints_and_saved_models(tmp_path, mistral):
+    model = tiny_model(tiny_config(mistral))
+    original = write_original(tmp_path / "original", model, "bin", sliding_window=None)
+    write_json(original / "generation_config.json", {"eos_token_id": [2, 7]})
+    loaded = type(model).from_pretrained(original, dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == original_weights(model).keys()
+    for other in (loaded, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        assert type(other) is type(model) and other.generation_config.eos_token_id == [2, 7]
+        assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in other.state_dict().items())
+
+
 def base_of(folder: Path, model) -> Path:
     """The plain language model below a LLaVA."""
     folder.mkdir()
     write_json(folder / "config.json", {**DECODER, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
-    write_weights(folder, {k: v for k, v in model.state_dict().items() if "mm_" not in k and "vision" not in k}, "bin")
+    weights = original_weights(model).items()
+    write_weights(folder, {k: v for k, v in weights if "mm_" not in k and "vision" not in k}, "bin")
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -177,7 +198,7 @@ def test_projector_only_on_a_base(tmp_path):
     folder = tmp_path / "llava-pretrain"
     folder.mkdir()
     write_json(folder / "config.json", original_config(model, vision_config=None, mm_vision_tower=str(tower)))
-    state = model.state_dict()
+    state = original_weights(model)
     torch.save({k: v for k, v in state.items() if "mm_projector" in k}, folder / "mm_projector.bin")
     tokenizer, loaded, image_processor = load(folder, base)
     assert torch.equal(answer(tokenizer, loaded, image_processor), answer(tokenizer, model, image_processor))
@@ -186,15 +207,24 @@ def test_projector_only_on_a_base(tmp_path):
         load(folder, base)
 
 
-@pytest.mark.parametrize("extra_tokens", [0, 3])
-def test_lora_on_a_base_is_base_plus_scaled_product(tmp_path, extra_tokens):
+@pytest.mark.parametrize(
+    ("extra_tokens", "targets"),
+    [
+        (0, ["q_proj", "down_proj"]),
+        (3, ["q_proj", "down_proj"]),
+        (0, [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]),
+        (0, r"model\.layers\.\d+\.(self_attn\.q_proj|mlp\.down_proj)"),
+    ],
+    ids=["ends of names", "more tokens", "original names", "pattern"],
+)
+def test_lora_on_a_base_is_base_plus_scaled_product(tmp_path, extra_tokens, targets):
     peft = pytest.importorskip("peft")
     model = tiny_model()
     tower = write_tower(tmp_path / "clip", model)
     base = base_of(tmp_path / "vicuna", model)
     folder = tmp_path / "llava-lora"
-    text = tiny_model(tiny_config(tower=False))
-    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    text = LlamaForCausalLM(LlamaConfig(**DECODER))  # adapters are in the layout of the original decoder
+    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(text, settings)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -203,14 +233,14 @@ def test_lora_on_a_base_is_base_plus_scaled_product(tmp_path, extra_tokens):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(folder)
     write_json(folder / "config.json", original_config(model, vision_config=None, mm_vision_tower=str(tower)))
-    projector = tiny_model(seed=9).state_dict()
+    projector = original_weights(tiny_model(seed=9))
     extras = {k: v for k, v in projector.items() if "mm_projector" in k}
     if extra_tokens:
         for key in ("model.embed_tokens.weight", "lm_head.weight"):
-            extras[key] = torch.cat([model.state_dict()[key], torch.ones(extra_tokens, 24)])
+            extras[key] = torch.cat([original_weights(model)[key], torch.ones(extra_tokens, 24)])
     torch.save({f"base_model.model.{k}": v for k, v in extras.items()}, folder / "non_lora_trainables.bin")
 
-    expected = {**model.state_dict(), **extras}
+    expected = {**original_weights(model), **extras}
     pairs = dict(adapted.named_parameters())
     for name, a in pairs.items():
         if "lora_A" in name:
@@ -218,8 +248,8 @@ def test_lora_on_a_base_is_base_plus_scaled_product(tmp_path, extra_tokens):
             key = name.removeprefix("base_model.model.").replace("lora_A.default.", "")
             expected[key] = expected[key] + 3.0 * (b @ a)
     _, loaded, _ = load(folder, base)
-    assert loaded.state_dict().keys() == expected.keys()
-    for name, weight in loaded.state_dict().items():
+    assert original_weights(loaded).keys() == expected.keys()
+    for name, weight in original_weights(loaded).items():
         torch.testing.assert_close(weight, expected[name], msg=name)
     assert loaded.config.vocab_size == VOCAB + extra_tokens
     with pytest.raises(UserError, match="--model-base"):
@@ -286,7 +316,7 @@ def test_nothing_big_is_fetched_of_a_model_that_is_no_llava(tmp_path, hub):
 def test_a_tower_on_the_hub_is_fetched_and_its_absence_named(tmp_path, hub):
     model = tiny_model()
     folder = write_original(tmp_path / "llava", model, vision_config=None, mm_vision_tower="openai/some-clip")
-    write_weights(folder, {k: v for k, v in model.state_dict().items() if "vision_tower" not in k})
+    write_weights(folder, {k: v for k, v in original_weights(model).items() if "vision_tower" not in k})
     edit_config(folder, vision_config=VISION)
     with pytest.raises(UserError, match="'openai/some-clip'"):
         load(folder)
@@ -312,16 +342,17 @@ def test_attention_is_the_one_asked_for(tmp_path, attention):
     assert load(folder, attn_implementation=attention)[1].config._attn_implementation == attention
 
 
-PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm")
-PARTS = (*PARTS, "model.rotary_emb", "model.vision_tower", "model.mm_projector", "lm_head")
+DECODER_PARTS = ("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb")
+PARTS = tuple(f"model.language_model.{part}" for part in DECODER_PARTS)
+PARTS = (*PARTS, "model.vision_tower", "model.multi_modal_projector", "lm_head")
 
 
 @pytest.mark.parametrize(
     "on_disk",
     [
-        ("model.layers.1", "model.mm_projector"),
-        ("model.embed_tokens", "model.vision_tower"),
-        ("lm_head", "model.layers.0", "model.layers.2", "model.norm"),
+        ("model.language_model.layers.1", "model.multi_modal_projector"),
+        ("model.language_model.embed_tokens", "model.vision_tower"),
+        ("lm_head", "model.language_model.layers.0", "model.language_model.layers.2", "model.language_model.norm"),
     ],
 )
 def test_offloaded_parts_give_the_same_answer(tmp_path, on_disk):
@@ -391,7 +422,7 @@ def test_image_tokens_are_added_where_the_config_asks(tmp_path):
     tokenizer, loaded, _ = load(folder)
     assert tokenizer.convert_tokens_to_ids(["<im_patch>", "<im_start>", "<im_end>"]) == [12, 13, 14]
     for table, old in (
-        (loaded.get_input_embeddings(), model.model.embed_tokens),
+        (loaded.get_input_embeddings(), model.get_input_embeddings()),
         (loaded.get_output_embeddings(), model.lm_head),
     ):
         assert table.weight.shape[0] == 15
@@ -435,7 +466,7 @@ def test_quantised_loading_asks_for_nf4_and_spares_tower_and_projector(tmp_path,
     assert four.bnb_4bit_compute_dtype == torch.float16
     assert eight.load_in_8bit and not eight.load_in_4bit
     linear = [name for name, module in tiny_model().named_modules() if isinstance(module, torch.nn.Linear)]
-    spared = ("lm_head", "model.mm_projector", "model.vision_tower")
+    spared = ("lm_head", "model.multi_modal_projector", "model.vision_tower")
     for config in (four, eight):
         for name in linear:
             assert should_convert_module(name, config.llm_int8_skip_modules) != name.startswith(spared), name
@@ -463,19 +494,22 @@ def test_every_published_key_finds_its_place_and_none_is_left_over(file):
     config.vision_config = vision_config_of(config).to_dict()
     with torch.device("meta"):
         model = model_class(config)(config)
-    weights = key_mapping.original_names(expand(published["keys"]), is_hf_layout(published["config"]))
+    weights = key_mapping.module_names(expand(published["keys"]))
     weights |= key_mapping.tower_names(expand(published.get("tower_keys", {})))
     checkpoint.check_weights(model, weights, frozenset(), file.stem)
     assert weights.keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["llava-1.5-7b-hf", "llava-v1.6-mistral-7b-hf"])
-def test_the_key_mapping_is_exact_both_ways(name):
-    hf = expand(json.loads((DATA / f"keys_{name}.json").read_text())["keys"])
-    original = {key_mapping.from_hf(key) for key in hf}
-    assert len(original) == len(hf)
-    assert {key_mapping.to_hf(key) for key in original} == hf.keys()
-    assert all(key_mapping.from_hf(key_mapping.to_hf(key)) == key for key in original)
+@pytest.mark.parametrize("file", sorted(DATA.glob("keys_*.json")), ids=lambda file: file.stem.removeprefix("keys_"))
+def test_the_key_mapping_is_exact_both_ways(file):
+    published = json.loads(file.read_text())
+    keys = [key for key in expand(published["keys"]) if not key.endswith(("inv_freq", "position_ids"))]
+    modules = {key_mapping.module_name(key): key for key in keys}
+    assert len(modules) == len(keys)
+    for name, key in modules.items():
+        original = key_mapping.original_name(name)
+        assert key_mapping.module_name(original) == key_mapping.module_name(name) == name
+        assert original == key or is_hf_layout(published["config"])
 
 
 def test_hf_configs_are_read_as_the_original_ones_say():
@@ -514,7 +548,7 @@ def no_weights_read(monkeypatch):
 
 
 def rewrite(folder: Path, change) -> None:
-    state = tiny_model().state_dict()
+    state = original_weights(tiny_model())
     change(state)
     write_weights(folder, state)
 

@@ -154,7 +154,7 @@ def test_stages_train_what_they_say(tmp_path: Path) -> None:
     run.run(every=1e9)
     changed = {name for name, value in run.learner.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
-    assert all(".mm_projector." in name for name in changed)
+    assert all(".multi_modal_projector." in name for name in changed)
 
 
 def test_blind_layers_hide_the_picture_from_questions_alone(encoder: Encoder) -> None:

@@ -341,7 +341,7 @@ def rows_of(picture, settings):
     """Each row's brightness, through the project's own preparation and splice; newline rows are NaN."""
     model = tiny_model(tiny_config(**settings))
     model.model.vision_tower = BrightnessTower(model.get_vision_tower().config)
-    model.model.mm_projector = nn.Identity()
+    model.model.multi_modal_projector = nn.Identity()
     if hasattr(model.model, "image_newline"):
         model.model.image_newline = nn.Parameter(torch.full((1,), torch.nan))
     pixels = process_images([picture], PROCESSOR, model.config)

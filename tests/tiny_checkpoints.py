@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
 from llava.model.configs import model_class
+from llava.model.key_mapping import original_name
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig
 
@@ -107,6 +108,11 @@ def original_config(model: Any, **overrides: Any) -> dict[str, Any]:
     }
 
 
+def original_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The model's weights under the names of original checkpoints."""
+    return {original_name(key): weight for key, weight in model.state_dict().items()}
+
+
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
@@ -137,7 +143,7 @@ def write_original(
 ) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / "config.json", original_config(model, **config_overrides))
-    write_weights(folder, model.state_dict(), form, shards)
+    write_weights(folder, original_weights(model), form, shards)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -146,7 +152,7 @@ def write_tower(folder: Path, model: Any) -> Path:
     """The model's tower alone, as a CLIP checkpoint, with the text side's weights that CLIP files also hold."""
     folder.mkdir(parents=True)
     prefix = "model.vision_tower.vision_tower."
-    weights = {k.removeprefix(prefix): v for k, v in model.state_dict().items() if k.startswith(prefix)}
+    weights = {k.removeprefix(prefix): v for k, v in original_weights(model).items() if k.startswith(prefix)}
     weights["text_model.final_layer_norm.weight"] = torch.ones(4)
     weights["logit_scale"] = torch.ones(())
     weights["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
@@ -186,7 +192,7 @@ def write_hf(folder: Path, model: Any, extra_vocab: int = 0, newer: bool = False
         folder / "preprocessor_config.json",
         {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}},
     )
-    write_weights(folder, {_hf_name(k, newer): _pad(k, v, extra_vocab) for k, v in model.state_dict().items()})
+    write_weights(folder, {_hf_name(k, newer): _pad(k, v, extra_vocab) for k, v in original_weights(model).items()})
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -1,8 +1,8 @@
 """``load_pretrained_model``: any LLaVA checkpoint → tokenizer, model, image processor, context length.
 
-All layouts end in the same classes with weights under original names, so that every tool treats all checkpoints
-alike. The order is: look at the arguments, the config, the tokenizer and the names and shapes of the weights; only
-then read weights.
+All layouts end in the same classes, with the modules of transformers' own LLaVA, so that every tool treats all
+checkpoints alike. The order is: look at the arguments, the config, the tokenizer and the names and shapes of the
+weights; only then read weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from llava.model import checkpoint, key_mapping
 from llava.model.checkpoint import Weights
 from llava.model.configs import AnyLlavaConfig, is_hf_layout, model_class, model_config, with_decoder_of
 from llava.model.llava_arch import SAMPLING_KEYS
-from llava.model.multimodal_encoder.builder import has_vision_tower, tower_name, vision_config_of
 from llava.model.placement import (
     attention_for,
     check_device,
@@ -32,6 +31,7 @@ from llava.model.placement import (
     quantization_for,
 )
 from llava.model.processors import TOKENIZER_FILES, load_image_processor, load_tokenizer
+from llava.model.vision import has_vision_tower, tower_name, vision_config_of
 from llava.utils import UserError
 
 __all__ = [
@@ -71,7 +71,8 @@ def load_pretrained_model(
         model_name: the checkpoint's name (``lora`` and ``mistral`` in it mean something); absent, from the path.
         load_8bit, load_4bit: quantise while loading, with bitsandbytes (4 bit: nf4, double quantisation, fp16
             compute); tower, projector and ``lm_head`` stay as they are.
-        device_map: as in transformers (``"auto"`` or a dict); wins over ``device``.
+        device_map: as in transformers (``"auto"``, or a dict of module names: ``model.language_model.layers.0``, …);
+            wins over ``device``.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; absent, the first of cuda, mps, cpu that is there.
         dtype: of the weights in memory, whatever the files hold; absent, float32 on CPU and float16 elsewhere.
         attn_implementation: ``sdpa`` (default), ``eager`` or ``flash_attention_2``.
@@ -156,8 +157,8 @@ def _open(model_path: str | Path, model_base: str | Path | None, name: str) -> _
             raise UserError(f"{model_path} is a LoRA adapter; give its base model as model_base (--model-base)")
         config = model_config(raw, name)
         checkpoint.fetch_weights(model_path, folder)
-        weights = key_mapping.original_names(checkpoint.open_weights(folder), is_hf_layout(raw))
-        if not _any_below(weights, "model.mm_projector.") and (folder / "mm_projector.bin").is_file():
+        weights = key_mapping.module_names(checkpoint.open_weights(folder))
+        if not _any_below(weights, key_mapping.PROJECTOR) and (folder / "mm_projector.bin").is_file():
             weights |= _projector(folder)
         source = _Source(folder, config, weights, tokenizer_folder=folder)
     else:
@@ -180,8 +181,7 @@ def _open_on_base(
 ) -> _Source:
     base_folder = checkpoint.resolve_folder(model_base)
     base_raw = checkpoint.read_json(base_folder / "config.json")
-    base_is_hf = is_hf_layout(base_raw)
-    base_values = model_config(base_raw).to_dict() if base_is_hf else base_raw
+    base_values = model_config(base_raw).to_dict() if is_hf_layout(base_raw) else base_raw
     config = model_config(with_decoder_of(base_values, raw), name)
     checkpoint.fetch_weights(model_path, folder)
     checkpoint.fetch_weights(model_base, base_folder)
@@ -197,10 +197,10 @@ def _open_on_base(
         )
     if is_adapter and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder / 'adapter_config.json'} is missing; the LoRA adapter is incomplete")
-    weights = key_mapping.original_names(checkpoint.open_weights(base_folder), base_is_hf)
+    weights = key_mapping.module_names(checkpoint.open_weights(base_folder))
     if is_adapter:
         extras = checkpoint.open_file(extras_file)
-        weights |= {key_mapping.from_lora_extras(key): weight for key, weight in extras.items()}
+        weights |= {key_mapping.from_lora(key): weight for key, weight in extras.items()}
     else:
         weights |= _projector(folder)
     if "lm_head.weight" in weights:
@@ -219,7 +219,7 @@ def _projector(folder: Path) -> Weights:
         start = max(key.find("mm_projector."), key.find("image_newline"))
         if start < 0:
             raise UserError(f"{file} holds {key}, which is no part of a projector")
-        found["model." + key[start:]] = weight
+        found[key_mapping.module_name(key[start:])] = weight
     return found
 
 
@@ -236,7 +236,7 @@ def _add_tower(source: _Source) -> None:
     # With this a saved copy of the model needs neither the hub nor the tower's folder.
     config.vision_config = {**vision.to_diff_dict(), "model_type": vision.model_type}
     name = tower_name(config)
-    if _any_below(source.weights, key_mapping.TOWER_PREFIX) or name is None:
+    if _any_below(source.weights, key_mapping.TOWER) or name is None:
         return
     try:
         folder = checkpoint.resolve_folder(name)
@@ -283,17 +283,26 @@ def _set_generation_config(model: Any, folder: Path, tokenizer: Any) -> None:
 def _merge_adapter(model: Any, folder: Path) -> Any:
     """The model with its LoRA adapter merged in."""
     try:
-        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+        from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     except ImportError as error:
         raise UserError("LoRA adapters need the extra 'peft': pip install 'llava-visipruner[peft]'") from error
-    names = set(_adapter_names(folder))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError(f"the adapter in {folder} cannot be merged into offloaded layers; use another device_map")
+    weights = {_PEFT + name: weight for name, weight in _adapter_weights(folder).items()}
     config = PeftConfig.from_pretrained(str(folder))
-    if not any("vision_tower" in key for key in names) and config.exclude_modules is None:
+    if isinstance(config.target_modules, str):  # a pattern for original names; the weights say what it matched
+        config.target_modules = sorted({name.removeprefix(_PEFT).split(".lora_")[0] for name in weights})
+    elif config.target_modules is not None:
+        config.target_modules = sorted(map(key_mapping.module_name, config.target_modules))
+    if not any("vision_tower" in name for name in weights) and config.exclude_modules is None:
         # Target names such as q_proj also fit CLIP's layers, which LLaVA's adapters never cover.
-        config.exclude_modules = r".*\b(vision_tower|mm_projector)\b.*"
-    wrapped = PeftModel.from_pretrained(model, str(folder), config=config)
-    if lacking := sorted(get_peft_model_state_dict(wrapped).keys() - names):
-        raise UserError(f"the adapter in {folder} lacks {checkpoint.name_some(lacking)}")
+        config.exclude_modules = r".*\b(vision_tower|multi_modal_projector)\b.*"
+    wrapped = get_peft_model(model, config)
+    wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)  # those are no part of an adapter
+    if lacking := sorted(wanted.keys() - weights.keys()):
+        named = [_PEFT + key_mapping.original_name(name.removeprefix(_PEFT)) for name in lacking]
+        raise UserError(f"the adapter in {folder} lacks {checkpoint.name_some(named)}")
+    set_peft_model_state_dict(wrapped, {name: weight[...] for name, weight in weights.items()})
     return wrapped.merge_and_unload()
 
 
@@ -301,18 +310,22 @@ def _check_adapter(skeleton: torch.nn.Module, folder: Path) -> None:
     """Every weight of the adapter has a layer of the model to go to."""
     layers = {name for name, _ in skeleton.named_modules()}
     strangers = [
-        name
-        for name in _adapter_names(folder)
-        if name.removeprefix("base_model.model.").split(".lora_")[0] not in layers and ".lora_" in name
+        _PEFT + key_mapping.original_name(name)
+        for name in _adapter_weights(folder)
+        if name.split(".lora_")[0] not in layers and ".lora_" in name
     ]
     if strangers:
         raise UserError(f"the adapter in {folder} is not for this base model: {checkpoint.name_some(strangers)}")
 
 
-def _adapter_names(folder: Path) -> list[str]:
+_PEFT = "base_model.model."  # in front of every name in an adapter
+
+
+def _adapter_weights(folder: Path) -> Weights:
+    """An adapter's weights under the names of the modules that they change."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
-            return list(checkpoint.open_file(folder / name))
+            return {key_mapping.from_lora(key): weight for key, weight in checkpoint.open_file(folder / name).items()}
     raise UserError(f"{folder} has no adapter_model.safetensors or adapter_model.bin")
 
 

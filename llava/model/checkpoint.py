@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llava.model.key_mapping import original_name
 from llava.utils import UserError
 
 SAFE_NAME, BIN_NAME = "model.safetensors", "pytorch_model.bin"
@@ -179,10 +180,10 @@ def check_weights(model: torch.nn.Module, weights: Weights, optional: frozenset[
         optional: names that may be absent (tied to others).
 
     Raises:
-        UserError: listing the names.
+        UserError: listing the names, as original checkpoints have them.
     """
-    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    given = {key: shape_of(weight) for key, weight in weights.items()}
+    wanted = {original_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    given = {original_name(key): shape_of(weight) for key, weight in weights.items()}
     problems = []
     if missing := sorted(wanted.keys() - given.keys() - optional):
         problems.append(f"missing: {name_some(missing)}")

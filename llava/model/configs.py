@@ -7,13 +7,12 @@ from typing import Any
 
 from transformers import LlamaConfig, MistralConfig
 
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.llava_arch import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.utils import UserError
 
 AnyLlavaConfig = LlavaConfig | LlavaMistralConfig
 
-_MODEL_OF_CONFIG: dict[type, Any] = {LlavaConfig: LlavaLlamaForCausalLM, LlavaMistralConfig: LlavaMistralForCausalLM}
+_MODEL_OF_CONFIG: dict[type, Any] = {cls.config_class: cls for cls in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)}
 
 _HF_MODEL_TYPES = ("llava", "llava_next")
 _CONFIG_OF_DECODER: dict[str, type[AnyLlavaConfig]] = {"llama": LlavaConfig, "mistral": LlavaMistralConfig}

@@ -1,30 +1,59 @@
-"""What makes a language model a LLaVA: vision tower, projector, and the splice of image rows into the prompt.
+"""LLaVA on transformers' own classes: the tree of ``LlavaForConditionalGeneration`` under LLaVA's names.
 
-The splice is the only place that knows where an image went. It says so in ``visual_mask``, and everything after it
-(pruning, traces, figures) goes by that mask, never by a constant.
+Modules, names of weights and the way from rows to logits are transformers' own. What is added is what LLaVA's scripts
+call: ``encode_images``, ``generate(images=…)``, and the splice, which puts image rows where one ``IMAGE_TOKEN_INDEX``
+stands; transformers wants one placeholder a row, with an id that published vocabularies lack. The splice is the only
+place that knows where an image went. It says so in ``visual_mask``, and everything after it (pruning, traces, figures)
+goes by that mask, never by a constant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    MistralConfig,
+    MistralModel,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import Size, get_anyres_image_grid_shape, merge_type, unpadded_box
-from llava.model.multimodal_encoder.builder import build_vision_tower, has_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.pruning import PruningConfig, PruningTrace, call_lock, prune
+from llava.model import checkpoint
+from llava.model.key_mapping import module_names, original_name
+from llava.model.vision import VisionTower, build_projector, has_vision_tower
+from llava.pruning import Method, PruningTrace, call_lock, prune
 from llava.pruning.generation import Generation
 from llava.utils import UserError
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k")
+
+
+class LlavaConfig(LlamaConfig):
+    """A LLaMA config with LLaVA's ``mm_*`` keys; ``vision_config`` (a dict) describes a tower kept inside."""
+
+    model_type = "llava_llama"
+    text_config = property(lambda self: self, doc="Where transformers' LLaVA looks for its decoder's config.")
+
+
+class LlavaMistralConfig(MistralConfig):
+    """A Mistral config with LLaVA's ``mm_*`` keys; ``vision_config`` (a dict) describes a tower kept inside."""
+
+    model_type = "llava_mistral"
+    text_config = LlavaConfig.text_config
 
 
 @dataclass
@@ -46,50 +75,79 @@ class SplicedInputs:
     input_ids: torch.Tensor
 
 
-class LlavaMetaModel:
-    """Mixed into a transformers decoder: adds tower, projector and newline row where the config asks for them."""
+class LlavaParts(LlavaModel):
+    """Tower, projector and decoder; without the first two where the config names no tower."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)  # type: ignore[call-arg]
-        if not has_vision_tower(config):
-            return
-        self.vision_tower = build_vision_tower(config)
-        if getattr(config, "mm_hidden_size", None) is None:
-            config.mm_hidden_size = self.vision_tower.hidden_size
-        self.mm_projector = build_vision_projector(config)
-        if "unpad" in merge_type(config):
-            self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
+    def __init__(self, config: Any, decoder: type) -> None:
+        super(LlavaModel, self).__init__(config)  # past LlavaModel's own, which knows one tower and one projector
+        self.language_model = decoder(config)
+        if has_vision_tower(config):
+            self.vision_tower = VisionTower(config)
+            if getattr(config, "mm_hidden_size", None) is None:
+                config.mm_hidden_size = self.vision_tower.hidden_size
+            self.multi_modal_projector = build_projector(config)
+            if "unpad" in merge_type(config):
+                self.image_newline = nn.Parameter(torch.zeros(config.hidden_size))
+        self.post_init()
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
-        """The vision tower, or ``None`` in a model without one."""
-        return getattr(self, "vision_tower", None)
+    # Where LLaVA's scripts reach them.
+    embed_tokens = property(lambda self: self.language_model.embed_tokens)
+    layers = property(lambda self: self.language_model.layers)
+    norm = property(lambda self: self.language_model.norm)
+    rotary_emb = property(lambda self: self.language_model.rotary_emb)
+    mm_projector = property(lambda self: self.multi_modal_projector)
 
-    def forward(self, *args: Any, visual_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """The decoder's own forward; ``visual_mask`` is there for a pruning engine to read, not for the decoder."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
+class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
+    """Takes ``images`` and ``pruning_config`` in ``forward`` and ``generate``."""
 
-class LlavaMetaForCausalLM:
-    """Mixed into a causal language model: takes ``images`` and ``pruning_config`` in ``forward`` and ``generate``."""
-
-    config: Any
-    model: Any
+    config_class: Any = LlavaConfig
+    decoder_class: Any = LlamaModel
     _last_pruning_traces: tuple[PruningTrace, ...] = ()
     sampling_settings: Mapping[str, float] = MappingProxyType({})
     """What the checkpoint's generation_config.json says of sampling without turning it on; used by callers who do."""
 
-    @property
-    def _module(self) -> nn.Module:
-        """This model, as the module it becomes once mixed into a causal language model."""
-        return cast(nn.Module, self)
+    def __init__(self, config: Any) -> None:
+        super(LlavaForConditionalGeneration, self).__init__(config)  # past the one that would build LlavaModel
+        self.model = LlavaParts(config, self.decoder_class)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
-    def get_model(self) -> Any:
-        """The decoder, with vision tower and projector on it."""
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """transformers' own, for a folder (or hub id) of the original layout with everything inside.
+
+        :func:`llava.model.builder.load_pretrained_model` takes all checkpoints, and checks them first.
+        """
+        if path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        folder = checkpoint.resolve_folder(path)
+        checkpoint.fetch_weights(path, folder)
+        given = {"config": cls.config_class.from_pretrained(folder)} | kwargs
+        weights = module_names(checkpoint.open_weights(folder))
+        model = super().from_pretrained(None, *args, state_dict=weights, **given)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """torch's own, for weights under the names of any layout."""
+        return super().load_state_dict(module_names(state_dict), *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """transformers' own, under the names of original checkpoints."""
+        weights = kwargs.pop("state_dict", None) or self.state_dict()
+        if not any(weight.is_meta for weight in weights.values()):  # offloaded ones are found by their modules' names
+            weights = {original_name(key): weight for key, weight in weights.items()}
+        super().save_pretrained(save_directory, state_dict=weights, **kwargs)
+
+    def get_model(self) -> LlavaParts:
+        """Tower, projector and decoder."""
         return self.model
 
-    def get_vision_tower(self) -> CLIPVisionTower | None:
+    def get_vision_tower(self) -> VisionTower | None:
         """The vision tower, or ``None`` in a model without one."""
-        return self.model.get_vision_tower()
+        return getattr(self.model, "vision_tower", None)
 
     @property
     def last_pruning_traces(self) -> list[PruningTrace]:
@@ -100,14 +158,9 @@ class LlavaMetaForCausalLM:
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Projected features ``[n, patches, H]`` of images ``[n, 3, S, S]``."""
-        tower = self._require_tower()
-        features = tower(images)
-        weight = next(self.model.mm_projector.parameters(), None)
-        if weight is not None and weight.device.type != "meta":
-            features = features.to(weight.device)
-        return self.model.mm_projector(features)
+        return self.model.multi_modal_projector(self._require_tower()(images))
 
-    def _require_tower(self) -> CLIPVisionTower:
+    def _require_tower(self) -> VisionTower:
         tower = self.get_vision_tower()
         if tower is None:
             raise UserError("images were given, but this model has no vision tower; pass inputs_embeds and visual_mask")
@@ -205,35 +258,32 @@ class LlavaMetaForCausalLM:
                 f"attention_mask has shape {list(attention_mask.shape)}; it must be that of the prompt ids, "
                 f"{list(input_ids.shape)}"
             )
-        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        prompts = [ids[kept.to(ids.device)] for ids, kept in zip(input_ids, keep, strict=True)]
-        num_tokens = sum(int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in prompts)
-        num_images = 0 if images is None else len(images)
+        embed = self.model.language_model.embed_tokens
+        if embed.weight.device.type != "meta":  # offloaded by accelerate; its hooks move the input
+            input_ids = input_ids.to(embed.weight.device)
+        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+        is_image = keep.bool() & (input_ids == IMAGE_TOKEN_INDEX)
+        num_tokens, num_images = int(is_image.sum()), 0 if images is None else len(images)
         if num_tokens != num_images:
             raise UserError(
                 f"the prompts hold {num_tokens} image tokens, but {num_images} images were given; "
                 "every image needs one <image> in its prompt"
             )
-        rows = iter(self.image_rows(images, image_sizes) if images is not None else [])
-        samples = [self._splice_one(ids, rows) for ids in prompts]
-        return _left_pad(samples)
-
-    def _splice_one(self, ids: torch.Tensor, rows: Iterator[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows ``[N, H]`` of one prompt and the id each came from ``[N]``."""
-        embed = self.model.embed_tokens
-        if embed.weight.device.type != "meta":  # offloaded by accelerate; its hooks move the input
-            ids = ids.to(embed.weight.device)
-        is_image = ids == IMAGE_TOKEN_INDEX
-        images = [next(rows) for _ in range(int(is_image.sum()))]
-        # One row a token; an image's many where its token stands.
-        lengths = torch.ones_like(ids)
-        lengths[is_image] = torch.tensor([len(image) for image in images], device=ids.device, dtype=ids.dtype)
-        row_ids = ids.repeat_interleave(lengths)
+        rows = [] if images is None else self.image_rows(images, image_sizes)
+        # No row for padding, one for a token, an image's many where its token stands.
+        lengths = torch.tensor([len(image) for image in rows], dtype=torch.long, device=input_ids.device)
+        counts = keep.bool().long().masked_scatter(is_image, lengths)
+        totals = counts.sum(dim=1, keepdim=True)
+        longest = int(totals.max())
+        attention = torch.arange(longest, device=input_ids.device) >= longest - totals
+        row_ids = torch.zeros_like(attention, dtype=torch.long)
+        row_ids = row_ids.masked_scatter(attention, input_ids.flatten().repeat_interleave(counts.flatten()))
         visual = row_ids == IMAGE_TOKEN_INDEX
-        embeds = embed(row_ids.masked_fill(visual, 0))
-        if images:
-            embeds = embeds.masked_scatter(visual[:, None], torch.cat([image.to(embeds) for image in images]))
-        return embeds, row_ids
+        embeds = embed(row_ids.masked_fill(visual, 0)).masked_fill(~attention[..., None], 0)
+        if rows:
+            embeds = embeds.masked_scatter(visual[..., None], torch.cat([image.to(embeds) for image in rows]))
+        positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
+        return SplicedInputs(embeds, attention.long(), positions, visual, row_ids)
 
     # --- forward and generate ---
 
@@ -250,7 +300,7 @@ class LlavaMetaForCausalLM:
         images: torch.Tensor | Sequence[torch.Tensor] | None = None,
         image_sizes: Sequence[Size] | None = None,
         visual_mask: torch.Tensor | None = None,
-        pruning_config: PruningConfig | dict[str, Any] | str | None = None,
+        pruning_config: Method | Mapping[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """The language model's forward, over ids with images or over rows already spliced.
@@ -266,8 +316,8 @@ class LlavaMetaForCausalLM:
         The other arguments are transformers' own.
         """
         if pruning_config is not None:
-            with call_lock(self._module), prune(self._module, pruning_config) as run:
-                outputs = self._module(
+            with call_lock(self), prune(self, pruning_config) as run:
+                outputs = self(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
@@ -298,7 +348,8 @@ class LlavaMetaForCausalLM:
                 position_ids = spliced.position_ids
         if is_prefill and visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
-        return super().forward(  # type: ignore[misc]
+        # Attention functions take keywords that they do not know, so without an engine the mask goes unread.
+        return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -311,7 +362,7 @@ class LlavaMetaForCausalLM:
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: torch.Tensor | None = None,
         images: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -321,7 +372,7 @@ class LlavaMetaForCausalLM:
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         visual_mask: torch.Tensor | None = None,
-        pruning_config: PruningConfig | dict[str, Any] | str | None = None,
+        pruning_config: Method | Mapping[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate`` for prompts with images. Returns new ids only.
@@ -339,69 +390,64 @@ class LlavaMetaForCausalLM:
         Raises:
             UserError: image tokens and images do not match, or both ids and rows were given.
         """
-        if pruning_config is not None:
-            with call_lock(self._module), prune(self._module, pruning_config) as run:
-                outputs = self.generate(
-                    inputs,
-                    images,
-                    image_sizes,
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    inputs_embeds=inputs_embeds,
-                    visual_mask=visual_mask,
-                    **kwargs,
-                )
-            self._last_pruning_traces = tuple(run.traces)
-            return outputs
         ids = input_ids if inputs is None else inputs
         if inputs_embeds is not None and images is not None:
             raise UserError("images go with prompt ids; rows in inputs_embeds already hold theirs")
         if ids is None and inputs_embeds is None:
             raise UserError("generate needs a prompt: ids (with images) or inputs_embeds")
-        if kwargs.get("use_cache") is False:
+        if inputs_embeds is not None:
+            if ids is not None and ids.shape[1] < inputs_embeds.shape[1]:
+                raise UserError("give the prompt as ids or as inputs_embeds, not both")
+            if ids is None and attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
+                raise UserError(
+                    f"attention_mask has shape {list(attention_mask.shape)}; inputs_embeds has "
+                    f"{list(inputs_embeds.shape[:2])} rows"
+                )
+        if pruning_config is None and kwargs.get("use_cache") is False:
             raise UserError("use_cache=False is not supported: rows of images are given once, at the first step")
         self._settle_sampling(kwargs)
-        row_ids = None
-        if inputs_embeds is None and ids is not None:
-            kwargs.pop("position_ids", None)  # positions of ids say nothing once image rows are in place
-            spliced = self.splice(ids, attention_mask, images, image_sizes)
-            inputs_embeds, visual_mask = spliced.inputs_embeds, spliced.visual_mask
-            attention_mask, row_ids = spliced.attention_mask, spliced.input_ids
-        elif ids is not None and inputs_embeds is not None:
-            if ids.shape[1] < inputs_embeds.shape[1]:
-                raise UserError("give the prompt as ids or as inputs_embeds, not both")
-            kwargs["input_ids"] = ids  # as a candidate generator of assisted decoding calls its assistant
-        elif (
-            attention_mask is not None and inputs_embeds is not None and attention_mask.shape != inputs_embeds.shape[:2]
-        ):
-            raise UserError(
-                f"attention_mask has shape {list(attention_mask.shape)}; inputs_embeds has "
-                f"{list(inputs_embeds.shape[:2])} rows"
-            )
-        if visual_mask is not None:
-            kwargs["visual_mask"] = visual_mask
-        if attention_mask is not None:
-            kwargs["attention_mask"] = attention_mask
         # One call at a time: another thread may be pruning, which shows on the model while it lasts.
-        with call_lock(self._module):
-            if Generation.of(self._module, kwargs).is_assisted and "input_ids" not in kwargs:
-                return self._generate_assisted(inputs_embeds, row_ids, **kwargs)
-            return super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
+        generation = Generation.of(self, kwargs)
+        with call_lock(self), ExitStack() as block:
+            run = None if pruning_config is None else block.enter_context(prune(self, pruning_config))
+            if run is not None:
+                block.enter_context(run.generating(generation, kwargs))
+            row_ids = None
+            if inputs_embeds is None and ids is not None:
+                kwargs.pop("position_ids", None)  # positions of ids say nothing once image rows are in place
+                spliced = self.splice(ids, attention_mask, images, image_sizes)
+                inputs_embeds, visual_mask = spliced.inputs_embeds, spliced.visual_mask
+                attention_mask, row_ids = spliced.attention_mask, spliced.input_ids
+            elif ids is not None:
+                kwargs["input_ids"] = ids  # as a candidate generator of assisted decoding calls its assistant
+            rows = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "visual_mask": visual_mask}
+            kwargs |= {key: value for key, value in rows.items() if value is not None}
+            stand_ins = 0
+            if "input_ids" not in kwargs and generation.is_assisted:
+                stand_ins = self._give_every_row_an_id(kwargs, row_ids)
+            outputs: Any = super().generate(**kwargs)  # type: ignore[misc]
+        if run is not None:
+            self._last_pruning_traces = tuple(run.traces)
+        if stand_ins and isinstance(outputs, torch.Tensor):
+            return outputs[:, stand_ins:]
+        if stand_ins:
+            outputs.sequences = outputs.sequences[:, stand_ins:]
+        return outputs
 
     def _settle_sampling(self, kwargs: dict[str, Any]) -> None:
         """The checkpoint's sampling settings where the caller samples and gives none; none at all where not."""
         if kwargs.get("generation_config") is not None:
             return
-        if kwargs.get("do_sample", self.generation_config.do_sample):  # type: ignore[attr-defined]
+        if kwargs.get("do_sample", self.generation_config.do_sample):
             kwargs.update({**self.sampling_settings, **kwargs})
         else:
             kwargs.update(dict.fromkeys(SAMPLING_KEYS))
 
-    def _generate_assisted(self, inputs_embeds: Any, row_ids: torch.Tensor | None, **kwargs: Any) -> Any:
-        """Assisted decoding counts ids, so every row gets one; they come off the front again afterwards."""
+    def _give_every_row_an_id(self, kwargs: dict[str, Any], row_ids: torch.Tensor | None) -> int:
+        """Assisted decoding counts ids, so every row gets one. Gives how many ids are to come off the answer."""
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not (
-            isinstance(assistant, LlavaMetaForCausalLM)
+            isinstance(assistant, LlavaLlamaForCausalLM)
             and assistant.config.hidden_size == self.config.hidden_size
             and assistant.config.vocab_size == self.config.vocab_size
         ):
@@ -409,27 +455,24 @@ class LlavaMetaForCausalLM:
                 "assistant_model must be a LLaVA model of this package with the same hidden size and vocabulary: "
                 "it is given the same rows"
             )
-        length = inputs_embeds.shape[1]
+        batch, length = kwargs["inputs_embeds"].shape[:2]
+        device = kwargs["inputs_embeds"].device
         # Without a mask transformers would take stand-ins that equal the padding id for padding.
-        kwargs.setdefault("attention_mask", torch.ones(inputs_embeds.shape[:2], device=inputs_embeds.device).long())
+        kwargs.setdefault("attention_mask", torch.ones(batch, length, dtype=torch.long, device=device))
         if row_ids is None:
-            row_ids = torch.full(inputs_embeds.shape[:2], IMAGE_TOKEN_INDEX, device=inputs_embeds.device)
+            row_ids = torch.full((batch, length), IMAGE_TOKEN_INDEX, device=device)
         # Rows without an id of their own get one that ends nothing; drafts made of it are verified like any other.
-        end = self.generation_config.eos_token_id  # type: ignore[attr-defined]
+        end = self.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [end]
         stand_in = next(index for index in range(len(ends) + 1) if index not in ends)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = _WithoutPrompt(kwargs["streamer"])
         kwargs["input_ids"] = row_ids.masked_fill(row_ids == IMAGE_TOKEN_INDEX, stand_in)
-        outputs = super().generate(inputs_embeds=inputs_embeds, **kwargs)  # type: ignore[misc]
-        if isinstance(outputs, torch.Tensor):
-            return outputs[:, length:]
-        outputs.sequences = outputs.sequences[:, length:]
-        return outputs
+        return length
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
-        input_ids: torch.Tensor,
+        input_ids: Any,
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -438,7 +481,7 @@ class LlavaMetaForCausalLM:
     ) -> dict[str, Any]:
         """transformers' own; at the first step of assisted decoding the draft ids follow the given rows."""
         if is_first_iteration and inputs_embeds is not None and input_ids.shape[1] > inputs_embeds.shape[1]:
-            drafts = self.model.embed_tokens(input_ids[:, inputs_embeds.shape[1] :])
+            drafts = self.model.language_model.embed_tokens(input_ids[:, inputs_embeds.shape[1] :])
             inputs_embeds = torch.cat([inputs_embeds, drafts.to(inputs_embeds)], dim=1)
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             next_sequence_length = inputs_embeds.shape[1] - past
@@ -467,16 +510,13 @@ class _WithoutPrompt(BaseStreamer):
         self.streamer.end()
 
 
-def _left_pad(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> SplicedInputs:
-    longest = max(len(rows) for rows, _ in samples)
-    first = samples[0][0]
-    embeds = first.new_zeros(len(samples), longest, first.shape[-1])
-    attention = torch.zeros(len(samples), longest, dtype=torch.long, device=first.device)
-    ids = torch.zeros(len(samples), longest, dtype=torch.long, device=first.device)
-    for index, (rows, row_ids) in enumerate(samples):
-        start = longest - len(rows)
-        embeds[index, start:] = rows
-        attention[index, start:] = 1
-        ids[index, start:] = row_ids
-    positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
-    return SplicedInputs(embeds, attention, positions, ids == IMAGE_TOKEN_INDEX, ids)
+class LlavaMistralForCausalLM(LlavaLlamaForCausalLM):
+    """The same on a Mistral decoder."""
+
+    config_class = LlavaMistralConfig
+    decoder_class = MistralModel
+
+
+for _config, _model in ((LlavaConfig, LlavaLlamaForCausalLM), (LlavaMistralConfig, LlavaMistralForCausalLM)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForCausalLM.register(_config, _model)

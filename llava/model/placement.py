@@ -133,7 +133,7 @@ def quantization_for(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | N
             "8- and 4-bit loading needs bitsandbytes, the extra 'quant': pip install 'llava-visipruner[quant]'"
         )
     # transformers matches these from the start of a module's full name.
-    whole = ["lm_head", "model.mm_projector", "model.vision_tower"]
+    whole = ["lm_head", "model.multi_modal_projector", "model.vision_tower"]
     if load_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(

@@ -10,7 +10,7 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.model import checkpoint
-from llava.model.multimodal_encoder.builder import KNOWN_TOWERS, has_vision_tower, tower_name, vision_config_of
+from llava.model.vision import KNOWN_TOWERS, has_vision_tower, tower_name, vision_config_of
 from llava.utils import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

@@ -172,19 +172,24 @@ class PruningRun:
         model = self._adapter.model
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            generation = Generation.of(model, kwargs)
-            if self._prunes:
-                refuse_unsupported(model, kwargs)
-                given = {"input_ids": args[0], **kwargs} if args else {"input_ids": kwargs.get("inputs"), **kwargs}
-                self._adapter.refuse_wrong_copies(generation.copies, given)
-            with self._lock:  # another thread may generate inside the same block
-                self._generation = generation
-                try:
-                    return plain_generate(*args, **kwargs)
-                finally:
-                    self._generation = Generation()
+            given = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
+            with self.generating(Generation.of(model, kwargs), given):
+                return plain_generate(*args, **kwargs)
 
         return generate
+
+    @contextmanager
+    def generating(self, generation: Generation, given: Mapping[str, Any]) -> Iterator[None]:
+        """A `generate` call with the keywords `given`. What pruning cannot honour is refused here, before work."""
+        if self._prunes:
+            refuse_unsupported(self._adapter.model, given)
+            self._adapter.refuse_wrong_copies(generation.copies, given)
+        with self._lock:  # another thread may generate inside the same block
+            self._generation = generation
+            try:
+                yield
+            finally:
+                self._generation = Generation()
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
@@ -436,7 +441,7 @@ _seats: weakref.WeakKeyDictionary[nn.Module, _Seat] = weakref.WeakKeyDictionary(
 
 def call_lock(model: nn.Module) -> Any:
     """The lock under which calls that put pruning on a model run, one at a time. Re-entrant."""
-    return _seat_of(adapter_for(model).decoder).lock
+    return _seat_of(cast(Any, model).get_decoder()).lock
 
 
 def _seat_of(decoder: nn.Module) -> _Seat:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
+from llava.model.key_mapping import original_name
+
 from .model import PIXEL_MEAN, PIXEL_STD, Learner
 from .renderer import SIDE
 
@@ -34,7 +36,7 @@ def export(learner: Learner, tokenizer: PreTrainedTokenizerFast, folder: Path) -
     }
     config |= {"architectures": ["LlavaLlamaForCausalLM"], "dtype": "float16", "model_type": "llava_llama"}
     weights = {
-        name: value.detach().cpu().to(torch.float16).contiguous()
+        original_name(name): value.detach().cpu().to(torch.float16).contiguous()
         for name, value in model.state_dict().items()
         if not name.endswith("position_ids")
     }

@@ -80,12 +80,7 @@ class Learner(nn.Module):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Patch features [B, 144, 128] of uint8 pictures [B, 96, 96, 3]."""
-        clip = self.llava.get_vision_tower().vision_tower.vision_model
-        hidden = clip.embeddings(normalized(pixels))
-        hidden = clip.pre_layrnorm(hidden)
-        for layer in clip.encoder.layers:
-            hidden = layer(hidden, attention_mask=None)
-        return hidden[:, 1:]
+        return self.llava.get_vision_tower()(normalized(pixels))
 
     def patch_logits(self, features: torch.Tensor) -> torch.Tensor:
         """[B, 144, sum of `LABELS`]."""
@@ -112,7 +107,7 @@ class Learner(nn.Module):
         patches that a noun phrase names (of `TEXT_LAYERS`, at those of the text), and `reading`, how badly the
         phrase's last row tells, from `READING_LAYER` on, how many things it fits and what the one is.
         """
-        model = self.llava.model
+        model = self.llava.get_decoder()
         batch = context.shape[0]
         embedded = model.embed_tokens(before)[None].expand(batch, -1, -1)
         hidden = torch.cat([embedded, context, model.embed_tokens(ids)], dim=1)
@@ -161,12 +156,12 @@ class Learner(nn.Module):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Features → rows of the decoder."""
-        return self.llava.model.mm_projector(features)
+        return self.llava.get_model().mm_projector(features)
 
     def compile(self) -> None:
         """Compile every layer (alike, so each kind once); anything that is called on the modules stays the same."""
         torch._dynamo.config.recompile_limit = 64  # shapes and frozen parts differ from stage to stage
-        tower = self.llava.get_vision_tower().vision_tower.vision_model
+        tower = self.llava.get_vision_tower()
         for layer in (*tower.encoder.layers, *self.llava.model.layers):
             layer.compile(dynamic=False)
 

@@ -1,1 +1,1 @@
-"""Thin classes on transformers' own decoders."""
+"""The classes by their decoders."""

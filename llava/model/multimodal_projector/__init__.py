@@ -1,1 +1,0 @@
-"""Projectors from vision features to language rows."""
