@@ -119,6 +119,8 @@ class Adapter:
     Attributes:
         model: the innermost model with `generate`.
         decoder: the module that runs the layers and is called once a forward.
+        layers: the decoder's.
+        first_layer: the first layer at whose input rows may be missing.
         wrappers: what the caller's model was wrapped in (`torch.compile`, PEFT), outermost first.
     """
 
@@ -127,14 +129,11 @@ class Adapter:
     family: Family
     wrappers: list[nn.Module] = field(default_factory=list)
     layers: Any = field(init=False)  # an nn.ModuleList, of layers that are typed nowhere
+    first_layer: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.layers = self.decoder.layers
-
-    @property
-    def first_layer(self) -> int:
-        """The first layer at whose input rows may be missing."""
-        return self.family.first_layer(self.model.config)
+        self.first_layer = self.family.first_layer(self.model.config)
 
     @property
     def attention_configs(self) -> list[Any]:

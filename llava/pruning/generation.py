@@ -53,10 +53,11 @@ def _asked_for(model: nn.Module, kwargs: Mapping[str, Any], *names: str) -> list
 
 def refuse_unsupported(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raise `UnsupportedCallError` for what would silently go wrong."""
-    for name, value in zip(_REFUSED, _asked_for(model, kwargs, *_REFUSED), strict=True):
+    names = ("use_cache", "cache_implementation", "assistant_model", *_REFUSED)
+    use_cache, kind, assistant, *refused = _asked_for(model, kwargs, *names)
+    for name, value in zip(_REFUSED, refused, strict=True):
         if value:
             raise UnsupportedCallError(f"{name}={value!r} cannot be used with pruning: {_REFUSED[name]}")
-    use_cache, kind, assistant = _asked_for(model, kwargs, "use_cache", "cache_implementation", "assistant_model")
     if use_cache is False:
         raise UnsupportedCallError("use_cache=False cannot be used with pruning: decisions fall once, in prefill")
     if kind not in (None, "dynamic"):

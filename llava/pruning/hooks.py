@@ -102,6 +102,8 @@ class PruningRun:
         self.traces: list[PruningTrace] = []
         self._adapter = adapter
         self._plans = [Plan.of(method, len(adapter.layers)) for method in methods]  # one for all prompts, or one each
+        # Where nothing prunes, the model's own kernels run and only traces are kept.
+        self._prunes = any(method is not None for method in methods)
         watching = [method.name for method in methods if method is not None and method.needs_tower]
         self._tower = TowerWatch(adapter.tower_layer(watching[0])) if watching else None
         self._visual_mask = visual_mask
@@ -111,11 +113,6 @@ class PruningRun:
         self._forward: tuple[Prefill | Decoding | None, int] | None = None  # the one in progress, and its thread
         self._leases: weakref.WeakSet[CacheLease] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
-
-    @property
-    def _prunes(self) -> bool:
-        """Whether anything is pruned. Else the model's own kernels run, and only traces are kept."""
-        return any(plan.method is not None for plan in self._plans)
 
     def __repr__(self) -> str:
         what = ", ".join(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from .errors import PruningConfigError
 
@@ -25,7 +25,15 @@ def refuse(key: str, value: Any, allowed: str) -> NoReturn:
 
 
 class Kind:
-    """What values a knob may have."""
+    """What values a knob may have.
+
+    Attributes:
+        is_layer: whether that depends on the model's number of layers.
+        drops: whether rows leave at the input of the layer that it names.
+    """
+
+    is_layer: ClassVar[bool] = False
+    drops = False
 
     def fits(self, value: Any, num_layers: int | None) -> bool:
         """Whether `value` is one; with `num_layers`, in a model of so many."""
@@ -34,10 +42,6 @@ class Kind:
     def allowed(self, num_layers: int | None) -> str:
         """What a value must be, in words."""
         raise NotImplementedError
-
-    def first_layer(self, value: Any) -> int | None:
-        """The first layer at whose input rows may be missing with this value; None: it says nothing of that."""
-        return None
 
 
 def _is_int(value: Any, least: int) -> bool:
@@ -123,6 +127,7 @@ class Layer(Kind):
     `drops`: rows leave at its input.
     """
 
+    is_layer = True
     least: int = 1
     may_be_end: bool = False
     optional: bool = False
@@ -139,14 +144,12 @@ class Layer(Kind):
         most = num_layers - 1 + self.may_be_end
         return f"an integer from {self.least} to {most} for this model of {num_layers} layers"
 
-    def first_layer(self, value: Any) -> int | None:
-        return value if self.drops else None
-
 
 @dataclass(frozen=True)
 class Layers(Kind):
     """A list of different layers from `least` to L-1, ascending where rows leave at their inputs (`drops`)."""
 
+    is_layer = True
     least: int = 1
     drops: bool = False
 
@@ -161,9 +164,6 @@ class Layers(Kind):
         if num_layers is None:
             return f"a list of {order} layers from {self.least} to L-1 (L layers)"
         return f"a list of {order} layers from {self.least} to {num_layers - 1} for this model of {num_layers} layers"
-
-    def first_layer(self, value: Any) -> int | None:
-        return min(value, default=None) if self.drops else None
 
 
 def check_first_layer(key: str, value: int, earliest: int, first_layer: int) -> None:

@@ -52,6 +52,7 @@ class Method:
         renumbers: whether rows are numbered anew after each decision, so that every layer counts the rows that it
             holds and decoded tokens follow them (what some published codes do). False: survivors keep their
             positions, and decoding goes on at the unpruned length.
+        is_dense: whether nothing is ever pruned, so that the model's own kernels may run untouched.
 
     Raises:
         PruningConfigError: a value out of range.
@@ -59,15 +60,9 @@ class Method:
 
     name: ClassVar[str] = ""
     needs_tower: ClassVar[bool] = False
-
-    @property
-    def renumbers(self) -> bool:
-        return False
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether nothing is ever pruned, so that the model's own kernels may run untouched."""
-        return False
+    # Not annotated, so that they are no knobs; a subclass may make them properties.
+    renumbers = False
+    is_dense = False
 
     def __post_init__(self) -> None:
         self._check(None)
@@ -79,12 +74,12 @@ class Method:
         """Refuse knobs that are not of their kind; with `num_layers`, those that the model has no layers for."""
         for field in fields(self):
             kind, value = field.metadata.get("kind"), getattr(self, field.name)
-            if kind is None or (num_layers is None and value is field.default):
+            if kind is None or (value is field.default if num_layers is None else not kind.is_layer):
                 continue
             if not kind.fits(value, num_layers):
                 refuse(field.name, value, kind.allowed(num_layers))
-            if num_layers is not None and (first := kind.first_layer(value)) is not None:
-                check_first_layer(field.name, first, 0, first_layer)
+            if num_layers is not None and kind.drops and value not in (None, ()):
+                check_first_layer(field.name, min(value) if isinstance(value, tuple) else value, 0, first_layer)
 
     # -- what a method answers -----------------------------------------------------------------------------------
 

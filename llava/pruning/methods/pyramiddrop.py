@@ -26,7 +26,7 @@ class PyramidDrop(Method):
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     @property
-    def renumbers(self):
+    def renumbers(self):  # type: ignore[override]
         return self.positions == "renumber"
 
     def looks_behind(self, num_layers):

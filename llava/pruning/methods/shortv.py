@@ -24,7 +24,7 @@ class ShortV(Method):
         return [Treatment(update=layer not in self.frozen_layers) for layer in range(num_layers)]
 
     @property
-    def is_dense(self):
+    def is_dense(self):  # type: ignore[override]
         return not self.frozen_layers
 
     def describe(self, trace):

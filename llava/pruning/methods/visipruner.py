@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -68,6 +68,11 @@ class VisiPruner(Method):
     exit_patience: int = knob(Integer(1), 2)
     shallow_sink: str | None = knob(Choice(tuple(SINKS), optional=True), None)
 
+    # Whether `mode` has the stage.
+    shallow: ClassVar[bool]
+    middle: ClassVar[bool]
+    deep: ClassVar[bool]
+
     # -- the method ----------------------------------------------------------------------------------------------
 
     def treatments(self, num_layers: int) -> Sequence[Treatment]:
@@ -101,6 +106,8 @@ class VisiPruner(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "mode", tuple(stage for stage in STAGES if stage in self.mode))
+        for stage in STAGES:
+            object.__setattr__(self, stage, stage in self.mode)
         shallow, middle, deep = self.shallow, self.middle, self.deep
         needed = {
             "shallow_mid_layer": shallow or middle,
@@ -124,19 +131,7 @@ class VisiPruner(Method):
             )
 
     @property
-    def shallow(self) -> bool:
-        return "shallow" in self.mode
-
-    @property
-    def middle(self) -> bool:
-        return "middle" in self.mode
-
-    @property
-    def deep(self) -> bool:
-        return "deep" in self.mode
-
-    @property
-    def is_dense(self) -> bool:
+    def is_dense(self) -> bool:  # type: ignore[override]
         return not self.mode
 
     def validate_for(self, num_layers: int, first_layer: int = 0) -> VisiPruner:
