@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from llava.images import load_image
 from llava.inference import Answer, Clock, GenerationOptions, LoadedModel, Turn, checkpoint, open_checkpoint
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.pruning import Cause, Decision, PruningConfig, PruningTrace
+from llava.pruning import METHODS, Cause, Decision, Keep, Method, PruningConfig, PruningTrace, register
 from llava.serve import cli, cli_pruning, terminal
 from llava.serve.chat import ChatSession
 from llava.serve.describe import describe
@@ -535,6 +536,27 @@ def test_the_line_after_an_answer(mode, trace, expected):
     pruning, *rest = describe(answer_with(made, stages)).split(" · ")
     assert pruning == expected
     assert rest == ["FLOPs saved 25.0% (paper), 12.5% (executed)", "first token 500 ms", "2.0 tokens/s"]
+
+
+def test_a_method_from_outside_the_package_prunes_the_chat(capsys, folder, picture):
+    @register("keep_first")
+    @dataclass(frozen=True)
+    class KeepFirst(Method):
+        keep: int = 2
+
+        def decide(self, layer, measured, trace):
+            return Keep(np.arange(self.keep)) if layer == 1 else None
+
+    ask = ["--model-path", folder, "--image-file", picture, "--question", "what", "--max-new-tokens", 2, "--json"]
+    try:
+        code, out, _ = run(capsys, *ask, "--pruning-config", '{"method": "keep_first", "keep": 3}')
+    finally:
+        del METHODS["keep_first"]
+    answer = json.loads(out)
+    assert code == 0 and answer["pruning_config"] == {"method": "keep_first", "keep": 3}
+    assert (answer["kept_visual_tokens"], answer["select_layer"]) == (3, 1) and answer["flops_saved"]["executed"] > 0
+    code, _, err = run(capsys, *ask, "--pruning-config", '{"method": "keep_frist"}')
+    assert code == 2 and err.startswith("error: pruning config: unknown method 'keep_frist'; ") and err.count("\n") == 1
 
 
 def test_warnings_are_one_line(capsys, folder, picture):

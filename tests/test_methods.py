@@ -315,6 +315,17 @@ def test_merged_rows_equal_the_decoder_run_by_hand(layout, behind, renumber) -> 
     assert trace.select_layer == behind and trace.kept_positions == sorted(where[[0, -1, 2]].tolist())
 
 
+@pytest.mark.parametrize("rows", [[3, 3], [24], [-1]])
+def test_rows_that_are_not_there_cannot_be_kept(rows) -> None:
+    class Wrong(Method):
+        def decide(self, layer, measured, trace):
+            return Keep(np.array(rows))
+
+    model, (embeds, visual) = make_model(8), make_prompt("image in the middle")
+    with pytest.raises(ValueError, match="one of the 24 visual rows"), prune(model, Wrong(), visual_mask=visual[None]):
+        model(inputs_embeds=embeds[None])
+
+
 def test_renumbered_and_other_prompts_share_a_batch() -> None:
     model, config = make_model(2), {"method": "pyramiddrop", "layers": [2, 4], "keep": [0.5, 0.25]}
     made = [make_prompt(layout, seed=seed) for seed, layout in enumerate(("image in the middle", "image first"))]

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import yaml
 from transformers.utils import logging
 
 from llava.model.recommended import PUBLISHED
-from llava.pruning import PruningConfig
+from llava.pruning import METHODS, Method, PruningConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,10 +59,13 @@ def test_the_readme_snippet_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_readme_config_is_the_published_one_and_its_table_is_complete():
-    (written,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
-    assert PruningConfig.from_any(json.loads(written)) == PUBLISHED
-    documented = set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE))
-    assert set(PruningConfig.__dataclass_fields__) <= documented
+    published, *others = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    assert PruningConfig.from_any(json.loads(published)) == PUBLISHED
+    assert all(Method.from_any(json.loads(other)).name in METHODS for other in others)
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]* \|(.*)$", README, re.MULTILINE))
+    assert set(PruningConfig.__dataclass_fields__) | set(METHODS) <= set(rows)
+    for name, method in METHODS.items():
+        assert method is PruningConfig or all(f"`{knob.name}`" in rows[name] for knob in fields(method))
 
 
 def test_citation_and_package_agree():

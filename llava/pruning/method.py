@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -58,9 +58,9 @@ class Method:
         PruningConfigError: a value out of range.
     """
 
-    name: ClassVar[str] = ""
-    needs_tower: ClassVar[bool] = False
-    # Not annotated, so that they are no knobs; a subclass may make them properties.
+    # Not annotated, so that they are no knobs; a subclass may make the last two properties.
+    name = ""
+    needs_tower = False
     renumbers = False
     is_dense = False
 

@@ -195,6 +195,14 @@ class Prefill:
         keep = method.decide(layer, measured, trace)
         if keep is None:
             return
+        there = len(rows.visual)
+        if len(np.unique(keep.rows)) < len(keep.rows) or (
+            len(keep.rows) and not 0 <= keep.rows.min() <= keep.rows.max() < there
+        ):
+            raise ValueError(
+                f"method {method.name!r} keeps rows {keep.rows.tolist()} behind layer {layer}; each must be one of the "
+                f"{there} visual rows that are there, and be named once"
+            )
         if layer + 1 < self.first_layer:
             raise UnsupportedCallError(
                 f"the method drops rows at the input of layer {layer + 1}; this model needs every row up to layer "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,10 +68,8 @@ class VisiPruner(Method):
     exit_patience: int = knob(Integer(1), 2)
     shallow_sink: str | None = knob(Choice(tuple(SINKS), optional=True), None)
 
-    # Whether `mode` has the stage.
-    shallow: ClassVar[bool]
-    middle: ClassVar[bool]
-    deep: ClassVar[bool]
+    # Whether `mode` has the stage. Not annotated, so that they are no knobs.
+    shallow = middle = deep = False
 
     # -- the method ----------------------------------------------------------------------------------------------
 
@@ -189,7 +187,8 @@ class VisiPruner(Method):
     def describe(self, trace: PruningTrace) -> str:
         text = super().describe(trace)
         if trace.decisions:
-            return f"{text}, no exit" if self.deep and self.middle and trace.num_kept and not trace.exit_layer else text
+            stayed = trace.num_kept and trace.exit_layer is None and trace.select_layer != len(trace.rows_per_layer) - 1
+            return f"{text}, no exit" if self.deep and stayed else text
         if not self.middle:
             return f"{text}; text reads none of them below layer {self.shallow_mid_layer}"
         reason = "no layer was probed"
