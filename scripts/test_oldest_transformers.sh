@@ -15,4 +15,5 @@ fi
 export PYTHONPATH="$folder"
 "$python" -c "import transformers; assert transformers.__version__ == '$version', transformers.__version__"
 exec "$python" -m pytest tests/test_golden.py tests/test_engine.py tests/test_families.py tests/test_family_wrappers.py \
-    tests/test_same_weights.py tests/test_patches.py tests/test_stock_pages.py "$@"
+    tests/test_same_weights.py tests/test_patches.py tests/test_stock_pages.py tests/test_methods.py \
+    tests/test_golden_methods.py tests/test_llava_arch.py "$@"

@@ -13,6 +13,7 @@ from family_models import FAMILIES, LAYERS, family_model
 from family_reference import GREEDY, Hidden, masks_hide, states_restored
 from golden_runs import GoldenCase, golden_model
 from test_engine import make_model, make_prompt
+from test_families import copies_get_their_images
 from transformers import CLIPVisionModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -398,12 +399,13 @@ def test_rows_may_leave_before_the_decoder_where_every_layer_can_do_without(name
     model, inputs = family_model(name), FAMILIES[name].inputs(*BATCH)
     if FAMILIES[name].first_layer > 1:
         pytest.skip("refused, see test_rows_that_a_model_still_needs_may_not_leave")
+    beams = 2 if copies_get_their_images(name, "two images in a prompt") else 1
     with prune(model, {"method": "random", "keep": 3}) as run:
-        pruned = model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+        pruned = model.generate(**inputs, max_new_tokens=2, num_beams=beams, do_sample=False)
     hidden = [Hidden.from_trace(trace, inputs["input_ids"].shape[1], LAYERS) for trace in run.traces]
     assert [len(set(trace.rows_per_layer)) for trace in run.traces] == [1, 1, 1]
-    with masks_hide(model, hidden, copies=2):
-        reference = model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False)
+    with masks_hide(model, hidden, copies=beams):
+        reference = model.generate(**inputs, max_new_tokens=2, num_beams=beams, do_sample=False)
     assert pruned.tolist() == reference.tolist()
 
 

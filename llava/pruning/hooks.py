@@ -375,7 +375,7 @@ class PruningRun:
 
     def _leave_frozen_out(self, module: nn.Module, args: tuple) -> Any:
         updated = self._updated()
-        return None if updated is None else (args[0][:, updated], *args[1:])
+        return None if updated is None else (args[0][:, updated.to(args[0].device)], *args[1:])
 
     def _give_frozen_zeros(self, module: nn.Module, args: tuple, output: torch.Tensor) -> Any:
         """A frozen row's query is never read, and its attention and MLP add 0 to its state."""
@@ -385,7 +385,7 @@ class PruningRun:
         state = self._forward[0] if self._forward else None
         assert isinstance(state, Prefill)
         whole = output.new_zeros(output.shape[0], sum(state.counts), output.shape[-1])
-        return whole.index_copy(1, updated, output)
+        return whole.index_copy(1, updated.to(output.device), output)
 
     def _after_last_layer(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._forward is None or self._forward[0] is None:
