@@ -161,3 +161,12 @@ def test_shortv_and_vtw_save_what_their_papers_formulas_say():
     frozen = 2 * 2 * rows * d * d + 2 * text * (2 * d + 3 * m) * d + 4 * d * (6 * 6 + 9 * (46 + 9))
     assert layers_run({"method": "vtw", "layer": 3}) == 3 * layer(rows) + 5 * layer(text)
     assert layers_run({"method": "shortv", "frozen_layers": [2, 5, 6]}) == 5 * layer(rows) + 3 * frozen
+
+
+def test_shortvs_published_saving_comes_from_its_published_layers():
+    """LLaVA-1.5-7B, 19 of 32 layers frozen: 8.5 -> 4.7 TFLOPs, 55 % (arXiv 2504.00502, table 1)."""
+    rows, text = 576 + 60, 60
+    dense = prompt_flops([rows] * 32, LLAVA_7B)
+    frozen = prompt_flops([rows] * 32, LLAVA_7B, [rows] * 13 + [text] * 19)
+    assert dense == pytest.approx(8.5e12, rel=0.01) and frozen == pytest.approx(4.7e12, rel=0.02)
+    assert frozen / dense == pytest.approx(0.55, abs=0.005)

@@ -59,28 +59,37 @@ def _linear_weights(module: nn.Module) -> int:
     return sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def paper_flops(visual_rows: Sequence[float], shape: DecoderShape) -> float:
+Rows = Sequence[float]
+
+
+def paper_flops(visual_rows: Rows, shape: DecoderShape, updated: Rows | None = None) -> float:
     """VisiPruner's and PyramidDrop's count: multiply-adds of the visual tokens alone, `4nd² + 2n²d + 3ndm` a layer.
 
-    `visual_rows`: visual rows n in each layer.
+    Args:
+        visual_rows: visual rows n in each layer.
+        updated: those u of them that the layer updates (None: all); the others cost their keys and values alone:
+            `2nd² + 2ud² + 2und + 3udm`.
     """
     d, m = shape.hidden_size, shape.intermediate_size
-    return sum(4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m for n in visual_rows)
+    pairs = zip(visual_rows, visual_rows if updated is None else updated, strict=True)
+    return sum(2 * (n + u) * d**2 + 2 * u * n * d + 3 * u * d * m for n, u in pairs)
 
 
-def fastv_flops(visual_rows: Sequence[float], shape: DecoderShape) -> float:
+def fastv_flops(visual_rows: Rows, shape: DecoderShape, updated: Rows | None = None) -> float:
     """FastV's count: `4nd² + 2n²d + 2ndm` a layer (an MLP of two matrices), visual tokens alone."""
     d, m = shape.hidden_size, shape.intermediate_size
-    return sum(4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m for n in visual_rows)
+    pairs = zip(visual_rows, visual_rows if updated is None else updated, strict=True)
+    return sum(2 * (n + u) * d**2 + 2 * u * n * d + 2 * u * d * m for n, u in pairs)
 
 
-def prompt_flops(rows: Sequence[float], shape: DecoderShape) -> float:
+def prompt_flops(rows: Rows, shape: DecoderShape, updated: Rows | None = None) -> float:
     """ShortV's and VTW's count: the whole prompt, two FLOPs a multiply-add, `2n(4d + 3m)d + 4n²d` a layer.
 
-    `rows`: all rows n in each layer.
+    `rows`: all rows n in each layer; `updated`: as in `paper_flops`.
     """
     d, m = shape.hidden_size, shape.intermediate_size
-    return sum(2 * n * (4 * d + 3 * m) * d + 4 * n**2 * d for n in rows)
+    pairs = zip(rows, rows if updated is None else updated, strict=True)
+    return sum(4 * (n + u) * d**2 + 6 * u * d * m + 4 * u * n * d for n, u in pairs)
 
 
 def executed_flops(trace: PruningTrace, shape: DecoderShape) -> int:
@@ -91,7 +100,8 @@ def executed_flops(trace: PruningTrace, shape: DecoderShape) -> int:
     the output head over the rows it was given.
     """
     updating = shape.linear_weights - shape.key_value_weights
-    linear = shape.key_value_weights * sum(trace.rows_per_layer) + updating * sum(trace.updated_rows_per_layer)
+    updated = trace.updated_rows_per_layer or trace.rows_per_layer
+    linear = shape.key_value_weights * sum(trace.rows_per_layer) + updating * sum(updated)
     attention = shape.head_dim * (sum(trace.score_pairs) + sum(trace.value_pairs))
     head = trace.lm_head_rows * shape.hidden_size * shape.vocab_size
     return 2 * (linear + attention + head) + trace.projection_flops
@@ -118,11 +128,12 @@ def dense_trace(trace: PruningTrace, shape: DecoderShape) -> PruningTrace:
 def flops(trace: PruningTrace, shape: DecoderShape) -> dict[str, float]:
     """A prefill's count by every convention of `CONVENTIONS`."""
     text = trace.num_rows - trace.num_visual
-    visual_rows = [rows - text for rows in trace.rows_per_layer]
+    rows, updated = trace.rows_per_layer, trace.updated_rows_per_layer or trace.rows_per_layer
+    visual_rows, visual_updated = ([count - text for count in counts] for counts in (rows, updated))
     return {
-        "paper": paper_flops(visual_rows, shape),
-        "fastv": fastv_flops(visual_rows, shape),
-        "prompt": prompt_flops(trace.rows_per_layer, shape),
+        "paper": paper_flops(visual_rows, shape, visual_updated),
+        "fastv": fastv_flops(visual_rows, shape, visual_updated),
+        "prompt": prompt_flops(rows, shape, updated),
         "executed": executed_flops(trace, shape),
     }
 
