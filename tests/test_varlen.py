@@ -89,28 +89,47 @@ def test_packed_kernel_gives_what_the_loop_over_samples_gives(calls, monkeypatch
     torch.testing.assert_close(next_logits, expected_next, atol=1e-5, rtol=1e-5)
 
 
-def test_the_check_on_first_use_accepts_the_contract_and_rejects_others(monkeypatch):
-    check = varlen._agrees_with_sdpa.__wrapped__
-    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen_attn)
-    assert check(CPU, torch.float32, 16)
-
-    def rows_first_lse(*args, **kwargs):
-        result = plain_varlen_attn(*args, **kwargs)
-        return (result[0], result[1].T) if isinstance(result, tuple) else result
-
-    def not_causal(*args, **kwargs):
-        return plain_varlen_attn(*args, **kwargs | {"window_size": (-1, -1)})
-
-    def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None):
-        return query
-
-    def unsupported(*args, **kwargs):
-        raise RuntimeError("no kernel image is available for execution on the device")
-
-    for broken in (rows_first_lse, not_causal, older, unsupported):
-        monkeypatch.setattr(varlen, "varlen_attn", broken)
-        assert not check(CPU, torch.float32, 16)
-
-
 def test_not_used_on_a_cpu_or_in_float32():
     assert not varlen.is_usable(torch.zeros(4, 3, 16, dtype=torch.bfloat16))
+
+
+def test_a_torch_without_the_keywords_is_not_used(monkeypatch):
+    query = torch.zeros(1, 1, 8, device="meta")
+    assert not varlen.is_usable(query) and not varlen.is_usable(torch.zeros(1, 1, 8))
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
+    varlen._is_there.cache_clear()
+    assert not varlen._is_there()
+    varlen._is_there.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel runs on CUDA")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_torchs_kernel_agrees_with_ordinary_attention(dtype, head_dim):
+    device, scale = torch.device("cuda"), head_dim**-0.5
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(heads, 14, head_dim, device=device).to(dtype) for heads in (4, 2, 2))
+    newest = torch.randn(2, 4, 1, head_dim, device=device).to(dtype)
+    if not varlen.is_usable(query):
+        pytest.skip("this torch or GPU goes the other way")
+
+    def expected(rows, start, stop, causal):
+        own, read = (part[None, :, start:stop].repeat_interleave(2, dim=1).float() for part in (keys, values))
+        scored = torch.nn.functional.scaled_dot_product_attention
+        return scored(rows[None].float(), own, read, is_causal=causal, scale=scale)[0].to(dtype)
+
+    def close(got, want):
+        torch.testing.assert_close(got, want, atol=0.02, rtol=0)
+
+    segments = varlen.Segments.of([5, 9], device)
+    packed = varlen.attend_packed(query, keys, values, segments, scale)
+    close(packed[:, :5], expected(query[:, :5], 0, 5, True))
+    close(packed[:, 5:], expected(query[:, 5:], 5, 14, True))
+    single, lse = varlen.attend_with_lse(query[:, :5], keys[:, :5], values[:, :5], scale, causal=True)
+    close(single, expected(query[:, :5], 0, 5, True))
+    scores = query[:, :5].float() @ keys[:, :5].repeat_interleave(2, dim=0).float().transpose(1, 2) * scale
+    close(lse, scores.masked_fill(torch.ones(5, 5, dtype=torch.bool, device=device).triu(1), -torch.inf).logsumexp(-1))
+    lengths = varlen.to_device([4, 7], torch.int32, device)
+    last = varlen.attend_last(newest, keys, values, varlen.Segments(segments.offsets, 7), lengths, scale)
+    close(last[0].transpose(0, 1), expected(newest[0], 0, 4, False))
+    close(last[1].transpose(0, 1), expected(newest[1], 5, 12, False))
