@@ -75,7 +75,7 @@ class TinyFamily:
     settings: dict[str, Any]
     medium: Callable[[str, int], Medium]
     has_video: bool = False
-    first_layer: int = 1
+    first_layer: int = 0
     joins: Callable[[list[list[Medium]]], dict[str, torch.Tensor]] | None = None
 
     def build(self) -> nn.Module:
