@@ -38,7 +38,7 @@ SHOWN = ("overall", "attribute", "existence", "count", "position", "relation", "
 class Watch(Method):
     """Prunes nothing; notes every prompt's smallest cosine and largest share, layer by layer."""
 
-    notes: list[list[tuple[float, float]]]
+    notes: dict[int, list[tuple[float, float]]]  # by prompt
 
     def looks_behind(self, num_layers: int) -> range:
         """Every layer."""
@@ -51,10 +51,8 @@ class Watch(Method):
     def decide(self, layer: int, measured: Any, trace: Any) -> None:
         """Nothing leaves."""
         if measured is not None:
-            if layer == 0:
-                self.notes.append([])
-            trace.watched = self.notes[-1] if layer == 0 else trace.watched
-            trace.watched.append((float(measured["cosine"].min()), float(measured["norm"].max())))
+            note = float(measured["cosine"].min()), float(measured["norm"].max())
+            self.notes.setdefault(id(trace), []).append(note)
 
 
 def keep_behind(layer: int, kept: int, score: str) -> Method:
@@ -84,9 +82,9 @@ def blind_curves(path: Path, pictures: int) -> dict[str, Any]:
 
 def cosines(shipped: Shipped, samples: list[Sample]) -> dict[str, Any]:
     """Quantiles over questions of each layer's smallest cosine and largest norm."""
-    notes: list[list[tuple[float, float]]] = []
-    shipped.answer(samples, Watch(notes))
-    seen = np.array(notes)  # [questions, layers, 2]
+    watch = Watch({})
+    _, traces = shipped.answer(samples, watch)
+    seen = np.array([watch.notes[id(trace)] for trace in traces if id(trace) in watch.notes])  # [questions, layers, 2]
     quantiles = np.quantile(seen, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0).round(5)
     return {
         "n": len(seen),

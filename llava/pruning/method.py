@@ -67,7 +67,7 @@ class Method:
     def __post_init__(self) -> None:
         self._check(None)
         for field in fields(self):
-            if isinstance(value := getattr(self, field.name), list):
+            if isinstance(value := getattr(self, field.name), list) and "kind" in field.metadata:
                 object.__setattr__(self, field.name, tuple(value))
 
     def _check(self, num_layers: int | None, first_layer: int = 0) -> None:

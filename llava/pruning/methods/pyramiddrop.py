@@ -46,3 +46,4 @@ class PyramidDrop(Method):
         listed = isinstance(self.keep, list | tuple) and len(self.keep) == len(self.layers)
         if not listed or not all(Count().fits(one, None) or one in (0.0, 1.0) for one in self.keep):
             refuse("keep", self.keep, "a list with a share from 0 to 1 or a number of tokens for each of 'layers'")
+        object.__setattr__(self, "keep", tuple(self.keep))
