@@ -108,12 +108,6 @@ class RaggedLayer(DynamicLayer):
         """Whether all samples hold the same number of rows in segments of one size."""
         return len(set(self.lengths)) == 1 and len(set(self.capacity)) == 1
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes the rows take, without spare ones."""
-        rows = sum(self.lengths)
-        return rows * sum(part.shape[1] * part.shape[3] * part.element_size() for part in (self.keys, self.values))
-
     # -- transformers' interface ----------------------------------------------------------------------------
 
     def update(
