@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -22,11 +23,19 @@ METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 @cache
 def golden_model(name: str) -> LlavaLlamaForCausalLM:
+    return build_model(name)
+
+
+def build_model(name: str, newline: torch.Tensor | None = None, **overrides: Any) -> LlavaLlamaForCausalLM:
+    """The recorded model of that name. `newline`: what ends a line of tiles, `[H]`; `overrides`: of the config."""
     settings = json.loads((FOLDER / "models" / f"{name}.config.json").read_text())
     if not settings.pop("has_vision_tower"):
         settings.pop("mm_projector_type")
-    model = LlavaLlamaForCausalLM(LlavaConfig(**settings))
-    model.load_state_dict(load_file(FOLDER / "models" / f"{name}.weights.safetensors"))
+    model = LlavaLlamaForCausalLM(LlavaConfig(**settings | overrides))
+    weights = load_file(FOLDER / "models" / f"{name}.weights.safetensors")
+    model.load_state_dict(weights, strict=newline is None)
+    if newline is not None:
+        model.model.image_newline.data = newline
     return model.eval()
 
 
@@ -50,7 +59,11 @@ class GoldenCase:
     @property
     def model(self) -> LlavaLlamaForCausalLM:
         """The case's model under the case's name, which selects the rule for layer 0."""
-        model = golden_model(self.facts["model"])
+        if overrides := dict(self.facts.get("model_overrides", {})):
+            newline = self.tensors[overrides.pop("image_newline").removeprefix("tensor ")]
+            model = build_model(self.facts["model"], newline, **overrides)
+        else:
+            model = golden_model(self.facts["model"])
         model.config._name_or_path = self.facts.get("name_or_path", "")
         return model
 
@@ -62,10 +75,16 @@ class GoldenCase:
         small = (self.tensors["images_u8"].float() - 128) / 64
         return small.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
 
-    def inputs(self) -> dict[str, torch.Tensor]:
+    def pictures(self) -> dict[str, Any]:
+        """Its pictures as `generate` takes them; several crops of one are tiles."""
+        if "crops" not in self.facts["input"]:
+            return {"images": self.pixels}
+        return {"images": [self.pixels], "image_sizes": [tuple(self.facts["input"]["image_size"])]}
+
+    def inputs(self) -> dict[str, Any]:
         """What `generate` takes: ids with pictures, or rows already spliced."""
         if self.pixels is not None:
-            return {"input_ids": self.tensors["input_ids"], "images": self.pixels}
+            return {"input_ids": self.tensors["input_ids"], **self.pictures()}
         rows, visual = self.rows()
         return {"inputs_embeds": rows[None], "visual_mask": visual[None]}
 
@@ -74,11 +93,16 @@ class GoldenCase:
 
         `sample`: which one, in a case of several prompts.
         """
+        rows, numbers = self.numbered_rows(sample)
+        return rows, numbers > 0
+
+    def numbered_rows(self, sample: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rows`, with the number of each visual row's image, from 1; 0: text."""
         model = self.model
         given = self.facts["input"] if sample is None else self.facts["input"]["samples"][sample]
         ids = self.tensors["input_ids" if sample is None else f"input_ids_{sample}"]
         if self.pixels is not None:
-            features = list(model.encode_images(self.pixels).detach())
+            features = [image.detach() for image in model.image_rows(**self.pictures())]
         else:
             stored = golden_features(self.facts["model"])
             features = [stored[key] for key in given.get("image_keys") or []]
@@ -88,6 +112,6 @@ class GoldenCase:
                 piece, used = features[used], used + 1
             else:
                 piece = model.get_input_embeddings()(token[None]).detach()
-            visual += [bool(token == IMAGE_TOKEN_INDEX)] * len(piece)
+            visual += [used * int(token == IMAGE_TOKEN_INDEX)] * len(piece)
             pieces.append(piece)
         return torch.cat(pieces), torch.tensor(visual)

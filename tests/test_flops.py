@@ -93,6 +93,20 @@ POLICIES = {
     "fastv": {"config": {"method": "fastv", "layer": 2, "keep": 0.3}},
     "random before the decoder": {"config": {"method": "random", "keep": 4}},
     "pyramiddrop": {"config": {"method": "pyramiddrop", "layers": [2, 4, 5], "keep": [0.5, 0.25, 0.0]}},
+    "divprune": {"config": {"method": "divprune", "keep": 7}},
+    "cdpruner": {"config": {"method": "cdpruner", "keep": 7, "relevance": "embeddings"}},
+    "stride": {"config": {"method": "stride", "keep": 7, "layer": 3}},
+    "pool": {"config": {"method": "pool", "factor": 2}},
+    "chain": {
+        "config": {
+            "method": "chain",
+            "steps": [
+                {"method": "divprune", "keep": 12},
+                {"method": "pyramiddrop", "layers": [2, 3], "keep": [0.5, 0.25]},
+                {"mode": ["middle"], "shallow_mid_layer": 3, "layer_threshold": 0.999, "tokens_threshold": 0.01},
+            ],
+        }
+    },
     "shortv": {"config": {"method": "shortv", "frozen_layers": [0, 3, 4, 7]}},
 }
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from golden_runs import METHOD_CASES, GoldenCase
 
-from llava.pruning import Method
-from llava.pruning.methods import VTW, ShortV
+from llava.pruning import Method, PruningTrace
+from llava.pruning.methods import VTW, CDPruner, DivPrune, ShortV
+from llava.pruning.methods.cdpruner import greedy_map
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 CALIBRATIONS = {"shortv__contribution", "vtw__findk_a", "vtw__findk_ga"}
 # Their decoding ranks anew in every step; prefill and first token are the method's.
 PREFILL_ONLY = {"mask", "inplace"}
+# Recorded with what is not done here on purpose; see the tests below.
+OTHERWISE = {"divprune__two_images_first_only", *(name for name in METHOD_CASES if name.startswith("cdpruner"))}
 
 
 def knobs(case: GoldenCase) -> dict:
@@ -25,10 +30,12 @@ def knobs(case: GoldenCase) -> dict:
     if method == "pyramiddrop":
         ratios, positions = given["image_token_ratio_list"], given["positions"]
         return {"method": method, "layers": given["layer_list"], "keep": ratios, "positions": positions}
+    if method == "divprune":
+        return {"method": method, "keep": given["subset_ratio"]}
     return {"method": method, **given}
 
 
-@pytest.fixture(params=[name for name in METHOD_CASES if name not in CALIBRATIONS])
+@pytest.fixture(params=[name for name in METHOD_CASES if name not in CALIBRATIONS | OTHERWISE])
 def case(request) -> GoldenCase:
     return GoldenCase.load(request.param)
 
@@ -40,8 +47,9 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
     output = model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=new, **GREEDY)
     (trace,) = model.last_pruning_traces
 
-    assert trace.num_rows == expected["num_rows"]
     kept = {str(decision.layer): decision.positions.tolist() for decision in trace.decisions}
+    # Recorded for methods before the decoder: the prompt as the decoder sees it.
+    assert expected["num_rows"] == (trace.rows_per_layer[0] if "-1" in kept else trace.num_rows)
     assert kept == expected["kept_positions_after_layer"]
     assert output.sequences[0].tolist() == expected["generated_ids"][:new]
     logits = torch.stack(output.logits, dim=1)[0]
@@ -56,6 +64,11 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
         recorded = case.tensors.get(f"scores_{decision.layer + 1}")
         if recorded is not None and case.facts["method"] == "pyramiddrop":
             torch.testing.assert_close(torch.as_tensor(decision.measured["attention"]), recorded, atol=1e-5, rtol=0)
+    if case.facts["method"] == "divprune":
+        measured = trace.decisions[0].measured
+        torch.testing.assert_close(torch.as_tensor(measured["distance"]), case.tensors["scores"], atol=1e-5, rtol=0)
+        order = measured["order"].argsort(kind="stable")[: expected["num_kept"]]
+        assert order.tolist() == expected["selection_order"]
 
 
 def test_a_left_padded_batch_with_another_prompt_decides_as_each_alone(case: GoldenCase) -> None:
@@ -81,6 +94,70 @@ def test_a_left_padded_batch_with_another_prompt_decides_as_each_alone(case: Gol
         assert traces[number].kept_positions == trace.kept_positions
         logits = [torch.stack(output.logits, dim=1) for output in (together, alone)]
         torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+
+
+@dataclass(frozen=True)
+class FirstImageOnly(DivPrune):
+    """As published: only the first image's rows are chosen among."""
+
+    def decide(self, layer, measured, trace):
+        if measured:
+            measured["order"][trace.alive_per_image[1]] = 0
+        return super().decide(layer, measured, trace)
+
+
+def test_divprune_as_published_leaves_a_second_image_whole() -> None:
+    case = GoldenCase.load("divprune__two_images_first_only")
+    keep = case.facts["config"]["subset_ratio"]
+    rows, numbers = case.numbered_rows()  # the images are adjacent
+    inputs = {"inputs_embeds": rows[None], "visual_mask": numbers[None]}
+    trace = assert_same_run(case, inputs, FirstImageOnly(keep))
+    first = [position for position in trace.kept_positions if position < trace.image_spans[1][0]]
+    # What is done here: each image by itself.
+    case.model.generate(**inputs, pruning_config=DivPrune(keep), max_new_tokens=1)
+    (trace,) = case.model.last_pruning_traces
+    assert trace.kept_per_image == [32, 32] and trace.kept_positions[:32] == first
+
+
+@dataclass(frozen=True)
+class RecordedRelevance(CDPruner):
+    """Relevance as CLIP's text tower gave it in the recorded run, `[images, rows]`."""
+
+    recorded: torch.Tensor | None = None
+
+    def relevance_of(self, number, rows, view):
+        return self.recorded[number]
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.startswith("cdpruner")])
+def test_cdpruner_chooses_as_recorded_given_the_recorded_relevance(name: str) -> None:
+    case = GoldenCase.load(name)
+    keep, orders = case.facts["config"]["visual_token_num"], case.facts["expected"]["selection_order"]
+    if "crops" in case.facts["input"]:  # published: 2 x 2 tiles whatever the picture's shape, each by itself
+        for rows, scores, order in zip(
+            case.model.encode_images(case.pixels), case.tensors["scores"], orders, strict=True
+        ):
+            chosen = greedy_map(rows, scores, keep)
+            assert chosen.argsort()[:keep].tolist() == order
+        return
+    trace = assert_same_run(case, case.inputs(), RecordedRelevance(keep, recorded=case.tensors["scores"]))
+    order = trace.decisions[0].measured["order"].reshape(len(orders), -1)
+    assert order.argsort(kind="stable")[:, :keep].tolist() == orders
+
+
+def assert_same_run(case: GoldenCase, inputs: dict, method: Method) -> PruningTrace:
+    """That a run before the decoder is the recorded one, by its rows, tokens and logits. Returns its trace."""
+    expected, model = case.facts["expected"], case.model
+    new = case.facts["max_new_tokens"]
+    output = model.generate(**inputs, pruning_config=method, max_new_tokens=new, **GREEDY)
+    (trace,) = model.last_pruning_traces
+    assert trace.rows_per_layer == expected["rows_per_layer"]
+    assert trace.kept_positions == expected["kept_positions_after_layer"]["-1"]
+    assert output.sequences[0].tolist() == expected["generated_ids"]
+    held = [layer.get_seq_length() for layer in output.past_key_values.layers]
+    assert held == expected["kv_len_per_layer_after_generation"]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1)[0], case.tensors["logits"], atol=1e-3, rtol=0)
+    return trace
 
 
 def first_logits(case: GoldenCase, sample: int, method: Method) -> torch.Tensor:

@@ -64,15 +64,21 @@ class SplicedInputs:
         inputs_embeds: ``[B, N, H]`` in the model's dtype; padding rows are zero.
         attention_mask: int64 ``[B, N]``, 0 on padding.
         position_ids: int64 ``[B, N]``, from 0 at each sample's first row.
-        visual_mask: bool ``[B, N]``, true on rows that came from an image (newline rows included).
+        image_numbers: int64 ``[B, N]``, on rows that came from an image (newline rows included) its number, from 1
+            through the batch; 0 on others.
         input_ids: int64 ``[B, N]``, the id each row came from: ``IMAGE_TOKEN_INDEX`` on visual rows, 0 on padding.
     """
 
     inputs_embeds: torch.Tensor
     attention_mask: torch.Tensor
     position_ids: torch.Tensor
-    visual_mask: torch.Tensor
+    image_numbers: torch.Tensor
     input_ids: torch.Tensor
+
+    @property
+    def visual_mask(self) -> torch.Tensor:
+        """Bool ``[B, N]``, true on rows that came from an image."""
+        return self.image_numbers > 0
 
 
 class LlavaParts(LlavaModel):
@@ -283,7 +289,9 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if rows:
             embeds = embeds.masked_scatter(visual[..., None], torch.cat([image.to(embeds) for image in rows]))
         positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
-        return SplicedInputs(embeds, attention.long(), positions, visual, row_ids)
+        of_ids = is_image.flatten().cumsum(dim=0) * is_image.flatten()
+        numbers = torch.zeros_like(row_ids).masked_scatter(attention, of_ids.repeat_interleave(counts.flatten()))
+        return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids)
 
     # --- forward and generate ---
 
@@ -344,7 +352,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                     raise UserError("labels cannot be given with images: image rows shift them; use the logits")
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
                 input_ids, inputs_embeds = None, spliced.inputs_embeds
-                attention_mask, visual_mask = spliced.attention_mask, spliced.visual_mask
+                attention_mask, visual_mask = spliced.attention_mask, spliced.image_numbers
                 position_ids = spliced.position_ids
         if is_prefill and visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
@@ -416,7 +424,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             if inputs_embeds is None and ids is not None:
                 kwargs.pop("position_ids", None)  # positions of ids say nothing once image rows are in place
                 spliced = self.splice(ids, attention_mask, images, image_sizes)
-                inputs_embeds, visual_mask = spliced.inputs_embeds, spliced.visual_mask
+                inputs_embeds, visual_mask = spliced.inputs_embeds, spliced.image_numbers
                 attention_mask, row_ids = spliced.attention_mask, spliced.input_ids
             elif ids is not None:
                 kwargs["input_ids"] = ids  # as a candidate generator of assisted decoding calls its assistant

@@ -29,9 +29,10 @@ class CacheLease:
         active: whether that engine is still in charge.
         last_positions: int64 [batch or 1, 1], the position of each sample's last row. Layers hold fewer rows than
             that, so it cannot be told from their lengths.
-        renumbered: for each sample, whether its rows were numbered anew, so that a new row's position in a layer is
-            the number of rows that the layer holds.
+        renumbered: for each sample, whether its rows may be numbered anew, so that a new row's position in a layer
+            is the number of rows that the layer holds and of those that left since they were last numbered.
         coming: rows of each sample that a prefill's next layer takes up.
+        gaps: rows of each sample that left since they were last numbered, at a prefill's next layer.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class CacheLease:
         self.last_positions: torch.Tensor | None = None
         self.renumbered: list[bool] = []
         self.coming: list[int] = []
+        self.gaps: list[int] = []
 
     def note_positions(self, position_ids: torch.Tensor | None, width: int, device: torch.device | None = None) -> None:
         """Remember where the rows of a call end, for a loop by hand, which gives no `position_ids` of its own."""
@@ -79,6 +81,7 @@ class RaggedLayer(DynamicLayer):
     Attributes:
         lengths: rows each sample holds.
         starts: where each sample's segment begins. Its spare rows lie behind its rows.
+        gaps: positions up to each sample's last that no row of this layer has, see `CacheLease.gaps`.
     """
 
     keys: torch.Tensor  # type: ignore[assignment]  # None until the first update, as in the parent class
@@ -89,6 +92,7 @@ class RaggedLayer(DynamicLayer):
         self.lease = lease
         self.lengths: list[int] = []
         self.starts: list[int] = []
+        self.gaps: list[int] = []
         self.cursor: Cursor | None = None  # with more than one sample, from the first decoded token on
 
     # -- what the engine calls ------------------------------------------------------------------------------
@@ -129,6 +133,7 @@ class RaggedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lengths = list(self.lease.coming)
             self.starts = _starts(self.lengths)
+            self.gaps = list(self.lease.gaps)
             self.keys, self.values = key_states, value_states
             self.dtype, self.device = key_states.dtype, key_states.device
             self.is_initialized = True
@@ -223,6 +228,7 @@ class RaggedLayer(DynamicLayer):
         self.keys = torch.cat([self.keys[:, :, rows] for rows in segments], dim=2)
         self.values = torch.cat([self.values[:, :, rows] for rows in segments], dim=2)
         self.lengths = [self.lengths[sample] for sample in samples]
+        self.gaps = [self.gaps[sample] for sample in samples]
         self.starts = _starts(self.lengths)
         self._place_cursor()
 

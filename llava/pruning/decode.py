@@ -35,13 +35,14 @@ class Decoding:
     def enter_layer(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         kwargs["attention_mask"] = None
         if any(self.renumbered):
-            held = list(cast(RaggedLayer, self.cache.layers[layer]).lengths)
-            if self._positions is None or self._positions[0] != held:
-                first = to_device(held, torch.int64, hidden.device)[:, None]
+            stored = cast(RaggedLayer, self.cache.layers[layer])
+            ends = [length + gap for length, gap in zip(stored.lengths, stored.gaps, strict=True)]
+            if self._positions is None or self._positions[0] != ends:
+                first = to_device(ends, torch.int64, hidden.device)[:, None]
                 own = first + torch.arange(hidden.shape[1], device=hidden.device)
                 renumbered = to_device(self.renumbered, torch.bool, hidden.device)[:, None]
                 position_ids = torch.where(renumbered, own, kwargs["position_ids"])
-                self._positions = held, position_ids, tuple(self.rotate(hidden, position_ids))
+                self._positions = ends, position_ids, tuple(self.rotate(hidden, position_ids))
             _, kwargs["position_ids"], kwargs["position_embeddings"] = self._positions
         return hidden
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -223,11 +224,12 @@ class PruningRun:
         return args, kwargs
 
     def _visual_rows(self, mask: Any, has_embeds: bool, batch: int, width: int) -> np.ndarray:
-        """Which rows of the batch are visual, bool [batch, width], on the host.
+        """Which rows of the batch are visual, int64 [batch, width], on the host: 0 text, else a number that all rows
+        of one image share and those of the next do not.
 
         `mask`: what says so: an own model's splice, else the block's `visual_mask`, else the ids' placeholders.
         """
-        visual = np.zeros((batch, width), dtype=bool)
+        visual = np.zeros((batch, width), dtype=np.int64)
         if mask is None:
             if has_embeds and self._prunes:
                 raise UnsupportedCallError(
@@ -256,11 +258,12 @@ class PruningRun:
         if len(self._plans) not in (1, batch // copies):
             raise UnsupportedCallError(f"{len(self._plans)} pruning configs were given for {batch // copies} prompts")
         # Without a count, a stretch of visual rows is one image.
-        rows_per_image = int(visual.sum()) // call.num_images if call.num_images else 0
+        rows_per_image = np.count_nonzero(visual) // call.num_images if call.num_images else 0
         samples: list[Sample] = []
         for number, (mask, pad) in enumerate(zip(visual, padding, strict=True)):
             which = number // copies if len(self._plans) > 1 else 0
-            samples.append(self._sample(Rows.of_prompt(mask[pad:], num_drafts), which, rows_per_image, call))
+            images = _stretches(mask[pad:], rows_per_image)
+            samples.append(self._sample(Rows.of_prompt(mask[pad:], num_drafts), which, images, call))
             samples[-1].original = samples[number - number % copies] if number % copies else None
         self.traces = [sample.trace for sample in samples[::copies]]
         if not self._prunes:
@@ -285,7 +288,7 @@ class PruningRun:
                 kwargs[name] = state.pack(kwargs[name])
         return state
 
-    def _sample(self, rows: Rows, which: int, rows_per_image: int, call: _ModelCall) -> Sample:
+    def _sample(self, rows: Rows, which: int, images: list[tuple[int, int]], call: _ModelCall) -> Sample:
         """One prompt under plan number `which`; one that nothing can be pruned in is dense."""
         plan, num_layers = self._plans[which], len(self._adapter.layers)
         if plan.method is not None and len(rows.visual) and rows.visual[-1] == rows.num_prompt - 1:
@@ -298,11 +301,7 @@ class PruningRun:
         trace = PruningTrace(
             num_rows=rows.num_prompt,
             visual_positions=rows.positions.tolist(),
-            image_spans=[
-                (start, min(start + (rows_per_image or stop - first), stop))
-                for first, stop in rows.runs
-                for start in range(first, stop, rows_per_image or stop - first)
-            ],
+            image_spans=images,
             score_pairs=[0] * num_layers,
             value_pairs=[0] * num_layers,
             lm_head_rows=call.head_rows,
@@ -396,6 +395,18 @@ class PruningRun:
         return state.leave(last, output)
 
 
+def _stretches(numbers: np.ndarray, rows_per_image: int) -> list[tuple[int, int]]:
+    """Where images lie, `(first row, behind its last)`: stretches of one number other than 0, each of
+    `rows_per_image` where that is known (0: it is not)."""
+    bounds = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    return [
+        (start, min(start + (rows_per_image or stop - first), stop))
+        for first, stop in pairwise(bounds)
+        if first < stop and numbers[first]
+        for start in range(first, stop, rows_per_image or stop - first)
+    ]
+
+
 def _padding(attention_mask: torch.Tensor | None, batch: int, width: int) -> list[int]:
     """Leading padding rows of every sample."""
     if attention_mask is None:
@@ -471,7 +482,8 @@ def prune(
             None, or an empty `mode`, is dense: the model's own kernels run untouched, and only traces are kept.
             A list of these has one for each prompt of a batch.
         visual_mask: bool [batch, rows], for calls with `inputs_embeds`, where ids cannot tell which rows are
-            visual. Padding is part of the rows.
+            visual. Padding is part of the rows. Integers instead (0: text) number the images, so that adjacent ones
+            are told apart.
 
     Yields:
         The run; its `traces` are those of the last prefill, one a prompt, in batch order.

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def number_of(keep: int | float, there: int) -> int:
+    """Rows that a `Count` means for one image of which `there` rows are there: capped at these, a share of them
+    rounded half to even."""
+    return round(there * keep) if isinstance(keep, float) else min(keep, there)
+
+
 def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
     """Rows that a `Count` means for one prompt: a number an image, capped at what there is, or a share of all, rounded
     half to even."""
@@ -51,7 +57,7 @@ class Method:
         needs_tower: whether it looks at what the vision tower made of the images (`View.pictures`).
         renumbers: whether rows are numbered anew after each decision, so that every layer counts the rows that it
             holds and decoded tokens follow them (what some published codes do). False: survivors keep their
-            positions, and decoding goes on at the unpruned length.
+            positions, and decoding goes on at the length that rows were last numbered for.
         is_dense: whether nothing is ever pruned, so that the model's own kernels may run untouched.
 
     Raises:
@@ -91,6 +97,18 @@ class Method:
         """The layers behind which `measure` is to be asked (`BEFORE_DECODER`: at the decoder's input)."""
         return ()
 
+    def decides_behind(self, num_layers: int) -> Collection[int]:
+        """The layers behind which rows may leave: those that are looked behind, and those that the knobs name."""
+        named = [
+            getattr(self, field.name) for field in fields(self) if getattr(field.metadata.get("kind"), "drops", False)
+        ]
+        layers = [layer for value in named for layer in (value if isinstance(value, tuple) else [value])]
+        return {*self.looks_behind(num_layers), *(layer - 1 for layer in layers if layer is not None)}
+
+    def renumbers_behind(self, layer: int, num_layers: int) -> bool:
+        """Whether a decision behind `layer` numbers rows anew."""
+        return self.renumbers
+
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
         """Named float32 measures `[visual rows still there]` of the rows behind `view.layer`; None: nothing."""
         return None
@@ -116,6 +134,11 @@ class Method:
             PruningConfigError: with the key, the value and the allowed range.
         """
         self._check(num_layers, first_layer)
+        if first_layer and BEFORE_DECODER in self.decides_behind(num_layers):
+            raise PruningConfigError(
+                f"pruning config: {self.name!r} lets rows leave before the decoder, but this model's image features "
+                f"join up to layer {first_layer - 1}; use a method whose 'layer' is at least {first_layer} for this model"
+            )
         return self
 
     def bind(self, num_layers: int, model_path: str | None) -> Method:

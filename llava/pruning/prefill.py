@@ -49,6 +49,9 @@ class Plan:
     def renumbers(self) -> bool:
         return self.method is not None and self.method.renumbers
 
+    def renumbers_behind(self, layer: int) -> bool:
+        return self.method is not None and self.method.renumbers_behind(layer, len(self.treatments))
+
 
 @dataclass
 class Sample:
@@ -58,6 +61,7 @@ class Sample:
         keep: what was decided behind the last layer and is not carried out yet.
         original: for a copy of a prompt (a beam), the first of its copies. It alone is measured and decides: beams
             take over each other's cache, so they must never differ, not even by rounding.
+        gap: rows that have left since the rows were last numbered.
     """
 
     rows: Rows
@@ -67,6 +71,7 @@ class Sample:
     attended: Attended | None = None
     original: Sample | None = None
     pictures: Sequence[Picture] = ()
+    gap: int = 0
 
 
 @dataclass
@@ -109,7 +114,7 @@ class Prefill:
             position_ids = kwargs.get("position_ids")
             self.position_ids = self.pack(position_ids[..., None])[..., 0] if position_ids is not None else None
         self._decide_behind(layer - 1, hidden)
-        hidden = self._carry_out(hidden)
+        hidden = self._carry_out(layer - 1, hidden)
         kwargs["position_embeddings"] = self.position_embeddings
         kwargs["position_ids"] = self.position_ids
         kwargs["attention_mask"] = None
@@ -122,6 +127,7 @@ class Prefill:
             sample.trace.updated_rows_per_layer.append(sample.rows.count - frozen)
         if self.lease is not None:
             self.lease.coming = counts
+            self.lease.gaps = [sample.gap for sample in self.samples]
         return hidden
 
     def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -219,17 +225,20 @@ class Prefill:
         if not is_last:
             sample.keep = keep
 
-    def _carry_out(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Let the rows go that the samples' decisions drop, merge and number anew where they say so."""
+    def _carry_out(self, behind: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Let the rows go that decisions behind layer `behind` drop, merge and number anew where they say so."""
         if all(sample.keep is None for sample in self.samples):
             return hidden
         sources: list[np.ndarray] = []
         merged: list[tuple[int, Rows, torch.Tensor]] = []
+        renumbered = [False] * len(self.samples)
         start = 0
-        for sample in self.samples:
+        for number, sample in enumerate(self.samples):
             rows, keep = sample.rows, sample.keep
             source = np.arange(rows.count)
             if keep is not None:
+                renumbered[number] = sample.plan.renumbers_behind(behind)
+                sample.gap = 0 if renumbered[number] else sample.gap + len(rows.visual) - len(keep.rows)
                 left, source = rows.keeping(keep.rows)
                 if keep.merge is not None:
                     states = keep.merge(hidden[0, start : start + rows.count][rows.visual_index(hidden.device)])
@@ -242,16 +251,16 @@ class Prefill:
         hidden = _select_rows(hidden, everyone)
         for begin, left, states in merged:
             hidden[0, begin : begin + left.count][left.visual_index(hidden.device)] = states.to(hidden.dtype)
-        if any(sample.plan.renumbers for sample in self.samples):
-            self._number_anew(everyone, hidden)
+        if any(renumbered):
+            self._number_anew(renumbered, everyone, hidden)
         else:
             self.position_embeddings = tuple(_select_rows(part, everyone) for part in self.position_embeddings)
             if self.position_ids is not None:
                 self.position_ids = _select_rows(self.position_ids, everyone)
         return hidden
 
-    def _number_anew(self, survivors: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Positions 0, 1, … for the rows of every sample that renumbers; the others keep theirs."""
+    def _number_anew(self, renumbered: Sequence[bool], survivors: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Positions 0, 1, … for the rows of every sample that is `renumbered`; the others keep theirs."""
         if self.position_ids is None or self.rotate is None or self.position_ids.ndim != 2:
             raise UnsupportedCallError(
                 "this method numbers rows anew, and this model's rows have no single positions; use positions 'keep'"
@@ -259,8 +268,8 @@ class Prefill:
         kept = _select_rows(self.position_ids, survivors)[0].split(self.counts)
         self.position_ids = torch.cat(
             [
-                torch.arange(len(own), device=own.device, dtype=own.dtype) if sample.plan.renumbers else own
-                for sample, own in zip(self.samples, kept, strict=True)
+                torch.arange(len(own), device=own.device, dtype=own.dtype) if anew else own
+                for anew, own in zip(renumbered, kept, strict=True)
             ]
         )[None]
         self.position_embeddings = tuple(self.rotate(hidden, self.position_ids))

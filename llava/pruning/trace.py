@@ -90,6 +90,13 @@ class PruningTrace:
         """Positions of the visual rows that the last decision left, int64."""
         return self.decisions[-1].positions if self.decisions else np.asarray(self.visual_positions, dtype=np.int64)
 
+    @property
+    def alive_per_image(self) -> list[np.ndarray]:
+        """For each of `image_spans`, the indices of its rows in `alive`, int64; images without any are left out."""
+        alive = self.alive
+        own = [np.flatnonzero((first <= alive) & (alive < stop)) for first, stop in self.image_spans]
+        return [rows for rows in own if len(rows)]
+
     def _last(self, cause: Cause) -> Decision | None:
         return next((decision for decision in reversed(self.decisions) if decision.cause is cause), None)
 

@@ -83,6 +83,11 @@ class VisiPruner(Method):
             return ()
         return range(self.shallow_mid_layer + 1, num_layers)
 
+    def decides_behind(self, num_layers: int) -> Collection[int]:
+        if self.middle or not self.deep or self.mid_deep_layer is None:
+            return self.looks_behind(num_layers)
+        return {self.mid_deep_layer - 1}
+
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
         return view.shares() if not view.trace.decisions or self.deep else None
 

@@ -1,0 +1,104 @@
+"""CDPruner: rows that differ from each other and matter to the question stay (arXiv 2506.10967)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import normalize
+
+from ..decisions import BEFORE_DECODER, Keep
+from ..errors import PruningConfigError
+from ..knobs import Choice, Count, knob
+from ..method import Method, number_of, register
+from ..view import View
+
+# In units of the first gain: below it, gains are rounding, and what is left is filled up by relevance.
+LEAST_GAIN = 1e-6
+
+
+@register("cdpruner")
+@dataclass(frozen=True)
+class CDPruner(Method):
+    """Before the decoder, of each image's projected rows those that greedy inference in a determinantal point process
+    takes, whose kernel is cosine similarity weighted by both rows' relevance to the question.
+
+    Attributes:
+        keep: tokens an image, or a share of its rows, rounded half to even.
+        relevance: `"none"`: every row matters alike (the paper's ablation). `"embeddings"`: a row's mean cosine with
+            the input embeddings of the text behind the first image, from 0 to 1 over each image. The published
+            `"clip"` needs CLIP's text tower, which no checkpoint here holds, and is refused.
+        positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
+            their positions.
+    """
+
+    keep: int | float = knob(Count(), 64)
+    relevance: str = knob(Choice(("none", "embeddings", "clip")), "none")
+    positions: str = knob(Choice(("renumber", "keep")), "renumber")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relevance == "clip":
+            raise PruningConfigError(
+                "pruning config: 'relevance' is 'clip', which needs the text tower of the CLIP checkpoint that the "
+                "vision tower came from, and LLaVA checkpoints do not hold it; use 'embeddings' or 'none'"
+            )
+
+    @property
+    def renumbers(self):  # type: ignore[override]
+        return self.positions == "renumber"
+
+    def looks_behind(self, num_layers):
+        return {BEFORE_DECODER}
+
+    def measure(self, view):
+        """`relevance`: a row's. `order`: when it was chosen, from 0; infinity: never."""
+        rows = view.hidden[view.visual]
+        relevance, order = rows.new_ones(2, len(rows), dtype=torch.float32)
+        for number, image in enumerate(view.trace.alive_per_image):
+            own = slice(image[0], image[-1] + 1)
+            relevance[own] = self.relevance_of(number, rows[own], view)
+            order[own] = greedy_map(rows[own], relevance[own], number_of(self.keep, len(image)))
+            view.trace.projection_flops += 2 * len(image) ** 2 * rows.shape[1]
+        return {"relevance": relevance, "order": order}
+
+    def decide(self, layer, measured, trace):
+        return Keep(measured["order"] < torch.inf) if measured else None
+
+    def relevance_of(self, number: int, rows: torch.Tensor, view: View) -> torch.Tensor | float:
+        """How much each of image `number`'s `rows` `[n, hidden]` matters to the question, float32 `[n]`."""
+        if self.relevance == "none":
+            return 1.0
+        text = view.hidden[view.text[view.rows.visual[0] :]]  # every row before the first visual one is text
+        return spread(normalize(rows.float(), dim=1) @ normalize(text.float(), dim=1).mean(0))
+
+
+def spread(relevance: torch.Tensor) -> torch.Tensor:
+    """From about 0 to about 1 over an image, as published; 1 for all where all are equal."""
+    least, most = relevance.aminmax()
+    return torch.where(most > least, (relevance - least + 1e-6) / (most - least), 1.0)
+
+
+def greedy_map(rows: torch.Tensor, relevance: torch.Tensor, count: int) -> torch.Tensor:
+    """When each of `rows` `[n, hidden]` is chosen by greedy MAP inference (Chen et al. 2018), float32 `[n]`: from 0 on
+    for `count` of them, infinity for the others. Ties go to the lower row.
+
+    Rows that add nothing any more (their gain is rounding) follow by relevance, so that none is chosen twice.
+    """
+    unit = normalize(rows.float(), dim=1)
+    kernel = relevance[:, None] * (unit @ unit.T) * relevance
+    gain = kernel.diagonal().clone()
+    enough = LEAST_GAIN * gain.max()
+    order = torch.full_like(gain, torch.inf)
+    taken = gain.new_zeros(count, len(gain))  # what each choice explains of every row
+    left = torch.zeros_like(gain)  # -inf for chosen rows
+    for step in range(count):
+        useful = gain.max() > enough
+        chosen = torch.where(useful, gain, relevance + left).argmax(keepdim=True)
+        order.index_fill_(0, chosen, step)
+        left.index_fill_(0, chosen, -torch.inf)
+        explained = taken.index_select(1, chosen)[:, 0] @ taken
+        one = (kernel.index_select(0, chosen)[0] - explained) / gain.index_select(0, chosen).clamp_min(enough).sqrt()
+        taken[step] = torch.where(useful, one, 0.0)
+        gain = (gain - taken[step].square()).index_fill(0, chosen, -torch.inf)
+    return order
