@@ -21,12 +21,17 @@ METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 
 @cache
-def golden_model(name: str) -> LlavaLlamaForCausalLM:
+def golden_model(name: str, scaled: tuple[tuple[str, float], ...] = ()) -> LlavaLlamaForCausalLM:
+    """The model of that name. `scaled`: linear layers, by their published names, whose weight and bias are multiplied."""
     settings = json.loads((FOLDER / "models" / f"{name}.config.json").read_text())
     if not settings.pop("has_vision_tower"):
         settings.pop("mm_projector_type")
     model = LlavaLlamaForCausalLM(LlavaConfig(**settings))
-    model.load_state_dict(load_file(FOLDER / "models" / f"{name}.weights.safetensors"))
+    weights = load_file(FOLDER / "models" / f"{name}.weights.safetensors")
+    for layer, factor in scaled:
+        for part in ("weight", "bias"):
+            weights[f"{layer}.{part}"] *= factor
+    model.load_state_dict(weights)
     return model.eval()
 
 
@@ -50,7 +55,7 @@ class GoldenCase:
     @property
     def model(self) -> LlavaLlamaForCausalLM:
         """The case's model under the case's name, which selects the rule for layer 0."""
-        model = golden_model(self.facts["model"])
+        model = golden_model(self.facts["model"], tuple(self.facts.get("weight_scale", {}).items()))
         model.config._name_or_path = self.facts.get("name_or_path", "")
         return model
 

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def number_of(keep: int | float, there: int) -> int:
+    """Rows that a `Count` means for one image of which `there` rows are there: capped at these, a share of them
+    rounded half to even."""
+    return round(there * keep) if isinstance(keep, float) else min(keep, there)
+
+
 def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
     """Rows that a `Count` means for one prompt: a number an image, capped at what there is, or a share of all, rounded
     half to even."""
