@@ -22,17 +22,29 @@ METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 
 @cache
-def golden_model(name: str) -> LlavaLlamaForCausalLM:
-    return build_model(name)
+def golden_model(name: str, scaled: tuple[tuple[str, float], ...] = ()) -> LlavaLlamaForCausalLM:
+    return build_model(name, scaled=scaled)
 
 
-def build_model(name: str, newline: torch.Tensor | None = None, **overrides: Any) -> LlavaLlamaForCausalLM:
-    """The recorded model of that name. `newline`: what ends a line of tiles, `[H]`; `overrides`: of the config."""
+def build_model(
+    name: str,
+    newline: torch.Tensor | None = None,
+    scaled: tuple[tuple[str, float], ...] = (),
+    **overrides: Any,
+) -> LlavaLlamaForCausalLM:
+    """The recorded model of that name.
+
+    `newline`: what ends a line of tiles, `[H]`; `scaled`: linear layers, by their published names, whose weight and
+    bias are multiplied; `overrides`: of the config.
+    """
     settings = json.loads((FOLDER / "models" / f"{name}.config.json").read_text())
     if not settings.pop("has_vision_tower"):
         settings.pop("mm_projector_type")
     model = LlavaLlamaForCausalLM(LlavaConfig(**settings | overrides))
     weights = load_file(FOLDER / "models" / f"{name}.weights.safetensors")
+    for layer, factor in scaled:
+        for part in ("weight", "bias"):
+            weights[f"{layer}.{part}"] *= factor
     model.load_state_dict(weights, strict=newline is None)
     if newline is not None:
         model.model.image_newline.data = newline
@@ -59,11 +71,12 @@ class GoldenCase:
     @property
     def model(self) -> LlavaLlamaForCausalLM:
         """The case's model under the case's name, which selects the rule for layer 0."""
+        scaled = tuple(self.facts.get("weight_scale", {}).items())
         if overrides := dict(self.facts.get("model_overrides", {})):
             newline = self.tensors[overrides.pop("image_newline").removeprefix("tensor ")]
-            model = build_model(self.facts["model"], newline, **overrides)
+            model = build_model(self.facts["model"], newline, scaled, **overrides)
         else:
-            model = golden_model(self.facts["model"])
+            model = golden_model(self.facts["model"], scaled)
         model.config._name_or_path = self.facts.get("name_or_path", "")
         return model
 

@@ -32,6 +32,14 @@ def knobs(case: GoldenCase) -> dict:
         return {"method": method, "layers": given["layer_list"], "keep": ratios, "positions": positions}
     if method == "divprune":
         return {"method": method, "keep": given["subset_ratio"]}
+    images = case.facts["input"].get("num_images", 1)
+    if method == "vispruner":
+        return {"method": method, "keep": given["visual_token_num"], "important": given["important_ratio"]}
+    if method == "scope":  # its budget is that of all images
+        return {"method": method, "keep": given["num_token"] // images, "alpha": given["alpha"]}
+    if method == "holov":
+        published = {"overflow": "zeros", "order": "published"}
+        return {"method": method, "keep": given["visual_token_num"], "crops": given["num_crops"], **published}
     return {"method": method, **given}
 
 
@@ -47,7 +55,7 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
     output = model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=new, **GREEDY)
     (trace,) = model.last_pruning_traces
 
-    kept = {str(decision.layer): decision.positions.tolist() for decision in trace.decisions}
+    kept = {str(one.layer): sorted(p for p in one.positions.tolist() if p >= 0) for one in trace.decisions}
     # Recorded for methods before the decoder: the prompt as the decoder sees it.
     assert expected["num_rows"] == (trace.rows_per_layer[0] if "-1" in kept else trace.num_rows)
     assert kept == expected["kept_positions_after_layer"]

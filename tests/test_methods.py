@@ -460,7 +460,7 @@ class ByClassToken(Method):
         return {-1}
 
     def measure(self, view):
-        return {"attention": torch.cat([picture.class_attention().mean(0) for picture in view.pictures])}
+        return {"attention": torch.cat([picture.class_weights.mean(0) for picture in view.pictures])}
 
     def decide(self, layer, measured, trace):
         return keep_best(measured["attention"], self.keep) if measured else None

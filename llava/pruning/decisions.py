@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from .tower import Picture
 
 BEFORE_DECODER = -1
 """The `layer` of a view or decision at the decoder's input."""
@@ -73,6 +77,9 @@ class Keep:
         merge: states `[visual rows still there, hidden_size]` → states `[len(rows), hidden_size]` of those that go
             on, in the order of `rows`; None: they keep their own. Runs on the device.
         groups: for a kept row that stands for others after `merge`, index → the indices it stands for.
+        from_tower: instead of `merge`, pictures of the prompt → states `[len(rows), hidden_size]` of those that go on,
+            for rows that are made of what the vision tower saw. Before the decoder only.
+        lent: those of `rows` whose places go to rows that stand for no patch (a class token). Their position is -1.
         cause: `SELECTION` chose among visual rows, `EXIT` lets all that are left go.
     """
 
@@ -80,10 +87,16 @@ class Keep:
     merge: Callable[[torch.Tensor], torch.Tensor] | None = None
     groups: Mapping[int, np.ndarray] | None = None
     cause: Cause = Cause.SELECTION
+    from_tower: Callable[[Sequence[Picture]], torch.Tensor] | None = None
+    lent: np.ndarray | Sequence[int] = ()
 
     def __post_init__(self) -> None:
         rows = np.asarray(self.rows)
         object.__setattr__(self, "rows", np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64))
+
+    def positions(self, before: np.ndarray) -> np.ndarray:
+        """Positions of the rows that go on, given those of all that are there; -1 for one that stands for no patch."""
+        return np.where(np.isin(self.rows, self.lent), -1, before[self.rows])
 
 
 LEAVE = Keep(np.empty(0, dtype=np.int64), cause=Cause.EXIT)

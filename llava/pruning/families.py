@@ -202,6 +202,11 @@ class Adapter:
             )
         return found
 
+    @property
+    def projector(self) -> Any:
+        """The module that makes rows of the language model from the states of `tower_layer`."""
+        return self.model.model.multi_modal_projector
+
     def visual_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Which of `input_ids` (int64 [batch, rows]) are visual, bool; None if ids cannot tell."""
         config = self.model.config

@@ -106,7 +106,7 @@ class PruningRun:
         # Where nothing prunes, the model's own kernels run and only traces are kept.
         self._prunes = any(method is not None for method in methods)
         watching = [method.name for method in methods if method is not None and method.needs_tower]
-        self._tower = TowerWatch(adapter.tower_layer(watching[0])) if watching else None
+        self._tower = TowerWatch(adapter.tower_layer(watching[0]), adapter.projector) if watching else None
         self._visual_mask = visual_mask
         self._lock = lock
         self._generation = Generation()
@@ -184,6 +184,7 @@ class PruningRun:
             self._adapter.refuse_wrong_copies(generation.copies, given)
         with self._lock:  # another thread may generate inside the same block
             self._generation = generation
+            self._forget_pictures()
             try:
                 yield
             finally:
@@ -191,6 +192,8 @@ class PruningRun:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if kwargs.get("inputs_embeds") is None:
+            self._forget_pictures()
         visual = None
         if input_ids is not None and input_ids.shape[1] > 0 and kwargs.get("inputs_embeds") is None:
             visual = self._adapter.visual_mask(input_ids)
@@ -202,6 +205,11 @@ class PruningRun:
             raise UnsupportedCallError("output_attentions is not available with pruning: attention is fused")
         if self._prunes and kwargs.get("labels") is not None:
             raise UnsupportedCallError("labels cannot be given with pruning: rows they belong to may be gone")
+
+    def _forget_pictures(self) -> None:
+        """Those of a call that ended early are not the next one's."""
+        if self._tower is not None:
+            self._tower.forget()
 
     # -- around the decoder --------------------------------------------------------------------------------------
 
@@ -280,8 +288,8 @@ class PruningRun:
             self._adapter.decoder.rotary_emb,
         )
         if self._tower is not None:
-            spans = [len(sample.trace.image_spans) for sample in samples]
-            for sample, pictures in zip(samples, self._tower.take(spans), strict=True):
+            firsts = samples[::copies]
+            for sample, pictures in zip(firsts, self._tower.take(self.traces, copies), strict=True):
                 sample.pictures = pictures
         for name in self._adapter.family.row_kwargs:
             if kwargs.get(name) is not None:

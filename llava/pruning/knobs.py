@@ -83,6 +83,20 @@ class Number(Kind):
 
 
 @dataclass(frozen=True)
+class Between(Kind):
+    """A finite number from `least` to `most`, both allowed."""
+
+    least: float = 0
+    most: float = sys.float_info.max
+
+    def fits(self, value: Any, num_layers: int | None) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and self.least <= value <= self.most
+
+    def allowed(self, num_layers: int | None) -> str:
+        return f"a number from {self.least}" + (f" to {self.most}" if self.most < sys.float_info.max else "")
+
+
+@dataclass(frozen=True)
 class Choice(Kind):
     """One of `names`; `None` where it is `optional`."""
 

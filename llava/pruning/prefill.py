@@ -115,6 +115,9 @@ class Prefill:
             self.position_ids = self.pack(position_ids[..., None])[..., 0] if position_ids is not None else None
         self._decide_behind(layer - 1, hidden)
         hidden = self._carry_out(layer - 1, hidden)
+        for sample in self.samples:
+            sample.trace.projection_flops += sum(picture.flops for picture in sample.pictures)
+            sample.pictures = ()  # read before the decoder only
         kwargs["position_embeddings"] = self.position_embeddings
         kwargs["position_ids"] = self.position_ids
         kwargs["attention_mask"] = None
@@ -220,7 +223,7 @@ class Prefill:
         positions = rows.positions
         groups = {int(positions[row]): positions[members].tolist() for row, members in (keep.groups or {}).items()}
         trace.decisions.append(
-            Decision(layer, keep.cause, positions[keep.rows], groups, measured or {}, before=positions)
+            Decision(layer, keep.cause, keep.positions(positions), groups, measured or {}, before=positions)
         )
         if not is_last:
             sample.keep = keep
@@ -240,7 +243,11 @@ class Prefill:
                 renumbered[number] = sample.plan.renumbers_behind(behind)
                 sample.gap = 0 if renumbered[number] else sample.gap + len(rows.visual) - len(keep.rows)
                 left, source = rows.keeping(keep.rows)
-                if keep.merge is not None:
+                left.positions = keep.positions(rows.positions)
+                if keep.from_tower is not None:
+                    made = keep.from_tower((sample.original or sample).pictures)
+                    merged.append((sum(len(source) for source in sources), left, made.to(hidden.device)))
+                elif keep.merge is not None:
                     states = keep.merge(hidden[0, start : start + rows.count][rows.visual_index(hidden.device)])
                     merged.append((sum(len(source) for source in sources), left, states))
                 sample.rows, sample.keep = left, None

@@ -19,7 +19,7 @@ class Decision:
         layer: the layer behind which it fell; -1: before the decoder.
         cause: why rows left.
         positions: int64, of the visual rows that go on, in their order; a merged row's is that of the row it took
-            the place of. Always positions of the unpruned prompt.
+            the place of. Always positions of the unpruned prompt; -1: a row that stands for no patch.
         groups: position of a merged row → positions it stands for.
         measured: what led to it, by name, float32 [visual rows that were there], in row order; empty for decisions
             that looked at nothing.
@@ -61,7 +61,8 @@ class PruningTrace:
         score_pairs, value_pairs: query-key pairs scored and weight-value pairs summed in each layer, summed
             over query heads, those that a method's measures took included, [L]. A call counts its whole rectangle,
             as torch's counter has it.
-        projection_flops: FLOPs of projections that were made for a measure alone.
+        projection_flops: FLOPs of projections that were made for a measure alone, and of what a method made of the
+            vision tower's states.
         visual_rows_read: visual rows whose values the prompt's text rows may read in each layer, [L]: those that
             are there, fewer where the shallow stage hides them.
         lm_head_rows: rows that went through the output head.
@@ -111,7 +112,7 @@ class PruningTrace:
     def kept_positions(self) -> list[int]:
         """Positions that the last selection kept, ascending; empty where nothing was selected or kept."""
         selection = self._last(Cause.SELECTION)
-        return sorted(selection.positions.tolist()) if selection else []
+        return sorted(position for position in selection.positions.tolist() if position >= 0) if selection else []
 
     @property
     def exit_layer(self) -> int | None:
@@ -136,15 +137,18 @@ class PruningTrace:
         if selection is None or name not in selection.measured:
             return None
         spread = np.full(self.num_visual, np.nan, dtype=np.float32)
-        spread[np.searchsorted(self.visual_positions, selection.before)] = selection.measured[name]
+        of_patches = selection.before >= 0
+        places = np.searchsorted(self.visual_positions, selection.before[of_patches])
+        spread[places] = selection.measured[name][of_patches]
         return spread
 
     @property
     def num_kept(self) -> int:
         """Visual rows left after selection; all of them where nothing was selected or removed."""
-        if self.select_layer is None and self.exit_layer is None:
+        selection = self._last(Cause.SELECTION)
+        if selection is None and self.exit_layer is None:
             return self.num_visual
-        return len(self.kept_positions)
+        return len(selection.positions) if selection else 0
 
     @property
     def kept_per_image(self) -> list[int]:

@@ -4,13 +4,17 @@ from .cdpruner import CDPruner
 from .chain import Chain
 from .divprune import DivPrune
 from .fastv import FastV
+from .holov import HoloV
 from .pool import Pool
 from .pyramiddrop import PyramidDrop
 from .random import Random
 from .schedule import Schedule
+from .scope import Scope
 from .shortv import ShortV
 from .stride import Stride
+from .visionzip import VisionZip
 from .visipruner import VisiPruner
+from .vispruner import VisPruner
 from .vtw import VTW
 
 __all__ = [
@@ -19,11 +23,15 @@ __all__ = [
     "Chain",
     "DivPrune",
     "FastV",
+    "HoloV",
     "Pool",
     "PyramidDrop",
     "Random",
     "Schedule",
+    "Scope",
     "ShortV",
     "Stride",
+    "VisPruner",
     "VisiPruner",
+    "VisionZip",
 ]
