@@ -20,19 +20,24 @@ METHODS_FOLDER = Path(__file__).parent / "golden_methods"
 METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 
+def model_file(name: str) -> Path:
+    """A file of a recorded model; those that only other methods need lie with their runs."""
+    return next(path for folder in (FOLDER, METHODS_FOLDER) if (path := folder / "models" / name).exists())
+
+
 @cache
 def golden_model(name: str) -> LlavaLlamaForCausalLM:
-    settings = json.loads((FOLDER / "models" / f"{name}.config.json").read_text())
+    settings = json.loads(model_file(f"{name}.config.json").read_text())
     if not settings.pop("has_vision_tower"):
         settings.pop("mm_projector_type")
     model = LlavaLlamaForCausalLM(LlavaConfig(**settings))
-    model.load_state_dict(load_file(FOLDER / "models" / f"{name}.weights.safetensors"))
+    model.load_state_dict(load_file(model_file(f"{name}.weights.safetensors")))
     return model.eval()
 
 
 @cache
 def golden_features(name: str) -> dict[str, torch.Tensor]:
-    return load_file(FOLDER / "models" / f"{name}.features.safetensors")
+    return load_file(model_file(f"{name}.features.safetensors"))
 
 
 @dataclass

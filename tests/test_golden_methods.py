@@ -25,6 +25,10 @@ def knobs(case: GoldenCase) -> dict:
     if method == "pyramiddrop":
         ratios, positions = given["image_token_ratio_list"], given["positions"]
         return {"method": method, "layers": given["layer_list"], "keep": ratios, "positions": positions}
+    if method == "dart":
+        keep = given["max_num"] or given["retain_next"] or 1 - given["reduction_ratio"]
+        pivots = {"image_pivots": given["pivot_image"], "text_pivots": given["pivot_text"]}
+        return {"method": method, "layer": given["prune_before_layer"], "keep": keep, **pivots}
     return {"method": method, **given}
 
 
@@ -119,3 +123,25 @@ def test_freezing_each_layer_alone_diverges_as_recorded() -> None:
             measured[sample, layer] = divergence(first_logits(case, sample, ShortV((layer,))), dense)
     torch.testing.assert_close(measured, recorded, atol=1e-5, rtol=0)
     assert measured.mean(0).argsort().tolist() == case.facts["expected"]["order"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.startswith("dart")])
+def test_darts_pivots_and_cosines_are_the_recorded_ones(name: str) -> None:
+    case = GoldenCase.load(name)
+    rows, visual = case.rows()
+    config = knobs(case)
+    with torch.no_grad():
+        case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=config)
+    (decision,), expected = case.model.last_pruning_traces[0].decisions, case.facts["expected"]
+    pivots = decision.measured["pivots"].astype(int).tolist()
+    assert pivots == expected["pivot_image_positions"] + expected["pivot_text_positions"]
+    order = [pivots.index(pivot) for pivot in expected["pivot_order"]]
+    cosines = torch.from_numpy(decision.measured["cosines"][order])
+    torch.testing.assert_close(cosines, case.tensors["scores_cosine"].float(), atol=1e-5, rtol=0)
+    norms = case.tensors["scores_key_l1"][visual].float()
+    groups = case.model.config.num_attention_heads // case.model.config.num_key_value_heads
+    torch.testing.assert_close(torch.from_numpy(decision.measured["key_norm"]) * groups, norms, atol=1e-5, rtol=1e-5)
+    # The budget counts the image pivots too, where asked, to the row.
+    with torch.no_grad():
+        case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config={**config, "exact": True})
+    assert case.model.last_pruning_traces[0].num_kept == int(config["keep"] * (576 if config["keep"] < 1 else 1))

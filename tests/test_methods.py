@@ -33,6 +33,7 @@ from llava.pruning import (
 
 KNOBS = {
     "fastv": {"layer": 2, "keep": 2},
+    "dart": {"layer": 2, "keep": 5, "image_pivots": 1, "text_pivots": 2},
     "vtw": {"layer": 3},
     "shortv": {"frozen_layers": [0, 2, 3]},
     "random": {"keep": 5, "layer": 2},
@@ -95,6 +96,10 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "shortv", "frozen_layers": 3}, ["'frozen_layers' is 3"]),
         ({"method": "pyramiddrop", "layers": [3, 2], "keep": [0.5, 0.2]}, ["'layers' is [3, 2]", "ascending"]),
         ({"method": "pyramiddrop", "layers": [2, 3], "keep": [0.5]}, ["'keep' is [0.5]", "for each"]),
+        ({"method": "dart", "layer": 0}, ["'layer' is 0", "from 1 to L-1"]),
+        ({"method": "dart", "image_pivots": 0}, ["'image_pivots' is 0", "at least 1"]),
+        ({"method": "dart", "text_pivots": 0.5}, ["'text_pivots' is 0.5"]),
+        ({"method": "dart", "exact": "yes"}, ["'exact' is 'yes'", "one of [False, True]"]),
         ({"method": "pyramiddrop", "positions": "new"}, ["'positions' is 'new'", "renumber"]),
     ],
 )
@@ -126,10 +131,10 @@ def test_layers_that_the_model_has_not_are_refused_before_work(config, words) ->
 
 def test_rows_that_a_model_still_needs_may_not_leave() -> None:
     # Qwen3-VL's image features join up to layer 2.
-    for config in (CONFIGS["fastv"], CONFIGS["random"], CONFIGS["random before the decoder"], CONFIGS["pyramiddrop"]):
+    for name in ("fastv", "dart", "random", "random before the decoder", "pyramiddrop"):
         with (
             pytest.raises(PruningConfigError, match="at least 3 for this model"),
-            prune(family_model("qwen3-vl"), config),
+            prune(family_model("qwen3-vl"), CONFIGS[name]),
         ):
             pass
 
@@ -468,6 +473,7 @@ def test_what_was_done_is_said_in_words() -> None:
         said[name] = Method.from_any(config).describe(model.last_pruning_traces[0])
     assert said == {
         "fastv": "kept 2 of 24 visual tokens, selected at layer 1",
+        "dart": "kept 4 of 24 visual tokens, selected at layer 1",
         "vtw": "kept 0 of 24 visual tokens from layer 3 on",
         "shortv": "kept all 24 visual tokens, not updated in 3 of 8 layers",
         "random": "kept 5 of 24 visual tokens, selected at layer 1",

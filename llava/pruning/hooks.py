@@ -275,6 +275,7 @@ class PruningRun:
             self._adapter.layers,
             self._adapter.first_layer,
             self._adapter.decoder.rotary_emb,
+            self._adapter.decoder.norm,
         )
         if self._tower is not None:
             spans = [len(sample.trace.image_spans) for sample in samples]

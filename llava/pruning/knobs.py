@@ -86,7 +86,7 @@ class Number(Kind):
 class Choice(Kind):
     """One of `names`; `None` where it is `optional`."""
 
-    names: Sequence[str]
+    names: Sequence[Any]
     optional: bool = False
 
     def fits(self, value: Any, num_layers: int | None) -> bool:

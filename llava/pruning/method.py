@@ -92,7 +92,8 @@ class Method:
         return ()
 
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
-        """Named float32 measures `[visual rows still there]` of the rows behind `view.layer`; None: nothing."""
+        """Named measures of the rows behind `view.layer`, float32 on the host, mostly `[visual rows still there]`;
+        None: nothing."""
         return None
 
     def decide(self, layer: int, measured: Mapping[str, np.ndarray] | None, trace: PruningTrace) -> Keep | None:

@@ -21,8 +21,8 @@ class Decision:
         positions: int64, of the visual rows that go on, in their order; a merged row's is that of the row it took
             the place of. Always positions of the unpruned prompt.
         groups: position of a merged row → positions it stands for.
-        measured: what led to it, by name, float32 [visual rows that were there], in row order; empty for decisions
-            that looked at nothing.
+        measured: what led to it, by name, float32; mostly [visual rows that were there], in row order. Empty for
+            decisions that looked at nothing.
         before: int64, positions of the visual rows that were there.
     """
 
@@ -61,7 +61,7 @@ class PruningTrace:
         score_pairs, value_pairs: query-key pairs scored and weight-value pairs summed in each layer, summed
             over query heads, those that a method's measures took included, [L]. A call counts its whole rectangle,
             as torch's counter has it.
-        projection_flops: FLOPs of projections that were made for a measure alone.
+        projection_flops: FLOPs of projections and products that were made for a method's choice alone.
         visual_rows_read: visual rows whose values the prompt's text rows may read in each layer, [L]: those that
             are there, fewer where the shallow stage hides them.
         lm_head_rows: rows that went through the output head.

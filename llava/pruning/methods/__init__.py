@@ -1,5 +1,6 @@
 """Pruning methods, one a file. Each is a dataclass of its knobs, what it looks at, and what it decides."""
 
+from .dart import DART
 from .fastv import FastV
 from .pyramiddrop import PyramidDrop
 from .random import Random
@@ -8,4 +9,4 @@ from .shortv import ShortV
 from .visipruner import VisiPruner
 from .vtw import VTW
 
-__all__ = ["VTW", "FastV", "PyramidDrop", "Random", "Schedule", "ShortV", "VisiPruner"]
+__all__ = ["DART", "VTW", "FastV", "PyramidDrop", "Random", "Schedule", "ShortV", "VisiPruner"]
