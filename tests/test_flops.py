@@ -92,6 +92,8 @@ POLICIES = {
     "vtw": {"config": {"method": "vtw", "layer": 3}},
     "fastv": {"config": {"method": "fastv", "layer": 2, "keep": 0.3}},
     "dart": {"config": {"method": "dart", "layer": 2, "keep": 12, "image_pivots": 2, "text_pivots": 2}},
+    "sparsevlm": {"config": {"method": "sparsevlm", "layers": [1, 4], "keep": [0.5, 0.2]}},
+    "sparsevlm v2": {"config": {"method": "sparsevlm", "variant": "v2", "layers": [1, 4], "keep": [0.5, 0.2]}},
     "random before the decoder": {"config": {"method": "random", "keep": 4}},
     "pyramiddrop": {"config": {"method": "pyramiddrop", "layers": [2, 4, 5], "keep": [0.5, 0.25, 0.0]}},
     "shortv": {"config": {"method": "shortv", "frozen_layers": [0, 3, 4, 7]}},

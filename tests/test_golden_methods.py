@@ -6,7 +6,7 @@ import pytest
 import torch
 from golden_runs import METHOD_CASES, GoldenCase
 
-from llava.pruning import Method
+from llava.pruning import Method, PruningTrace
 from llava.pruning.methods import VTW, ShortV
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -29,7 +29,20 @@ def knobs(case: GoldenCase) -> dict:
         keep = given["max_num"] or given["retain_next"] or 1 - given["reduction_ratio"]
         pivots = {"image_pivots": given["pivot_image"], "text_pivots": given["pivot_text"]}
         return {"method": method, "layer": given["prune_before_layer"], "keep": keep, **pivots}
+    if method == "sparsevlm":
+        own = {key: given[key] for key in ("variant", "keep", "scale", "bias") if key in given}
+        positions = {"renumbered": "renumber", "kept": "keep"}[given["positions"]]
+        return {"method": method, "layers": given["prune_after_layers"], "positions": positions, **own}
     return {"method": method, **given}
+
+
+def positions_of_merged(trace: PruningTrace) -> list[dict[int, str]]:
+    """By decision, the positions that stand for merged rows, with the names that recorded runs give these."""
+    names: list[dict[int, str]] = []
+    for decision in trace.decisions:
+        made = {position: f"m{decision.layer}.{number}" for number, position in enumerate(decision.groups)}
+        names.append({**(names[-1] if names else {}), **made})
+    return names
 
 
 @pytest.fixture(params=[name for name in METHOD_CASES if name not in CALIBRATIONS])
@@ -45,7 +58,10 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
     (trace,) = model.last_pruning_traces
 
     assert trace.num_rows == expected["num_rows"]
-    kept = {str(decision.layer): decision.positions.tolist() for decision in trace.decisions}
+    kept = {
+        str(decision.layer): [position for position in decision.positions.tolist() if position not in merged]
+        for decision, merged in zip(trace.decisions, positions_of_merged(trace), strict=True)
+    }
     assert kept == expected["kept_positions_after_layer"]
     assert output.sequences[0].tolist() == expected["generated_ids"][:new]
     logits = torch.stack(output.logits, dim=1)[0]
@@ -145,3 +161,30 @@ def test_darts_pivots_and_cosines_are_the_recorded_ones(name: str) -> None:
     with torch.no_grad():
         case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config={**config, "exact": True})
     assert case.model.last_pruning_traces[0].num_kept == int(config["keep"] * (576 if config["keep"] < 1 else 1))
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.startswith("sparsevlm")])
+def test_sparsevlms_raters_scores_and_merged_rows_are_the_recorded_ones(name: str) -> None:
+    case = GoldenCase.load(name)
+    rows, visual = case.rows()
+    with torch.no_grad():
+        case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=knobs(case))
+    trace, expected = case.model.last_pruning_traces[0], case.facts["expected"]
+    votes = trace.measured[-1]["raters"]
+    behind = [row for row in range(trace.visual_positions[0], len(rows)) if not visual[row]]
+    assert [behind[number] for number in (votes > votes.mean()).nonzero()[0]] == expected["rater_positions"]
+    assert [int(decision.measured.get("rank", 0)) for decision in trace.decisions] == expected.get(
+        "rank", [0] * len(trace.decisions)
+    )
+    before: dict[int, str] = {}
+    for decision, names in zip(trace.decisions, positions_of_merged(trace), strict=True):
+        layer = str(decision.layer)
+        stay = [names.get(position, position) for position in decision.positions.tolist()]
+        assert stay == expected["visual_rows_after_layer"][layer]
+        groups = [{before.get(member, member) for member in group} for group in decision.groups.values()]
+        assert groups == [set(group) for group in expected["merged"].get(layer, {"groups": []})["groups"]]
+        scores = torch.from_numpy(decision.measured["attention"])
+        torch.testing.assert_close(scores, case.tensors[f"scores_{layer}"], atol=1e-5, rtol=1e-5)
+        if (sums := case.tensors.get(f"head_sums_{layer}")) is not None:
+            torch.testing.assert_close(torch.from_numpy(decision.measured["heads"]), sums, atol=1e-3, rtol=1e-4)
+        before = names

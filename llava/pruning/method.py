@@ -7,8 +7,8 @@ decides alone, nothing is decided while decoding.
 1. `treatments(num_layers)` and `looks_behind(num_layers)`: what happens to the image inside each layer, and behind
    which of them the method looks. Known before any prompt is.
 2. `measure(view)`: between two layers, what of the rows it wants to know. Stays on the device.
-3. `decide(layer, measured, trace)`: with those numbers on the host, which visual rows go on. What was decided before
-   is in the trace, so that a method needs no memory of its own.
+3. `decide(layer, measured, trace)`: with those numbers on the host, which visual rows go on. What was measured and
+   decided before is in the trace, so that a method needs no memory of its own.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Method:
             if not kind.fits(value, num_layers):
                 refuse(field.name, value, kind.allowed(num_layers))
             if num_layers is not None and kind.drops and value not in (None, ()):
-                check_first_layer(field.name, min(value) if isinstance(value, tuple) else value, 0, first_layer)
+                earliest = min(value) if isinstance(value, tuple) else value
+                check_first_layer(field.name, earliest, kind.behind, first_layer)
 
     # -- what a method answers -----------------------------------------------------------------------------------
 

@@ -141,6 +141,14 @@ class View:
         self.trace.projection_flops += 2 * left.numel() * right.shape[-1]
         return left.float() @ right.float()
 
+    def rotary_scores(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """What positions alone do: the scaled score of an all-one query in each of `rows` and an all-one key in each
+        visual row under rotary positions, float32 `[len(rows), visual]`. Falls with the distance, and below 0."""
+        cos, sin = (part.to(self.hidden.device).float() for part in self._coming.position_embeddings)
+        ones = cos.new_ones(1, *cos.shape)
+        turned = apply_rotary_pos_emb(ones, ones[:, :0], cos, sin)[0][0, 0]  # [rows, head_dim]
+        return self.product(turned[self._asking(rows)], turned[self.visual].T) * self.attended.scale
+
     def shares(self) -> Mapping[str, torch.Tensor]:
         """Each visual row's share of the last row's attention output in `layer` (`shares.Shares`)."""
         query, keys, values, output, scale = self.attended

@@ -6,7 +6,8 @@ from .pyramiddrop import PyramidDrop
 from .random import Random
 from .schedule import Schedule
 from .shortv import ShortV
+from .sparsevlm import SparseVLM
 from .visipruner import VisiPruner
 from .vtw import VTW
 
-__all__ = ["DART", "VTW", "FastV", "PyramidDrop", "Random", "Schedule", "ShortV", "VisiPruner"]
+__all__ = ["DART", "VTW", "FastV", "PyramidDrop", "Random", "Schedule", "ShortV", "SparseVLM", "VisiPruner"]
