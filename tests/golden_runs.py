@@ -21,6 +21,11 @@ METHODS_FOLDER = Path(__file__).parent / "golden_methods"
 METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 
+def model_file(name: str) -> Path:
+    """A file of a recorded model; those that only other methods need lie with their runs."""
+    return next(path for folder in (FOLDER, METHODS_FOLDER) if (path := folder / "models" / name).exists())
+
+
 @cache
 def golden_model(name: str, scaled: tuple[tuple[str, float], ...] = ()) -> LlavaLlamaForCausalLM:
     return build_model(name, scaled=scaled)
@@ -37,11 +42,11 @@ def build_model(
     `newline`: what ends a line of tiles, `[H]`; `scaled`: linear layers, by their published names, whose weight and
     bias are multiplied; `overrides`: of the config.
     """
-    settings = json.loads((FOLDER / "models" / f"{name}.config.json").read_text())
+    settings = json.loads(model_file(f"{name}.config.json").read_text())
     if not settings.pop("has_vision_tower"):
         settings.pop("mm_projector_type")
     model = LlavaLlamaForCausalLM(LlavaConfig(**settings | overrides))
-    weights = load_file(FOLDER / "models" / f"{name}.weights.safetensors")
+    weights = load_file(model_file(f"{name}.weights.safetensors"))
     for layer, factor in scaled:
         for part in ("weight", "bias"):
             weights[f"{layer}.{part}"] *= factor
@@ -53,7 +58,7 @@ def build_model(
 
 @cache
 def golden_features(name: str) -> dict[str, torch.Tensor]:
-    return load_file(FOLDER / "models" / f"{name}.features.safetensors")
+    return load_file(model_file(f"{name}.features.safetensors"))
 
 
 @dataclass

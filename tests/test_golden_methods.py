@@ -40,7 +40,27 @@ def knobs(case: GoldenCase) -> dict:
     if method == "holov":
         published = {"overflow": "zeros", "order": "published"}
         return {"method": method, "keep": given["visual_token_num"], "crops": given["num_crops"], **published}
+    if method == "dart":
+        keep = given["max_num"] or given["retain_next"] or 1 - given["reduction_ratio"]
+        pivots = {"image_pivots": given["pivot_image"], "text_pivots": given["pivot_text"]}
+        return {"method": method, "layer": given["prune_before_layer"], "keep": keep, **pivots}
+    if method == "sparsevlm":
+        own = {key: given[key] for key in ("variant", "keep", "scale", "bias") if key in given}
+        positions = {"renumbered": "renumber", "kept": "keep"}[given["positions"]]
+        return {"method": method, "layers": given["prune_after_layers"], "positions": positions, **own}
     return {"method": method, **given}
+
+
+def positions_of_merged(trace: PruningTrace) -> list[dict[int, str]]:
+    """By decision, the positions that stand for merged rows, with the names that recorded runs give these."""
+    names: list[dict[int, str]] = []
+    for decision in trace.decisions:
+        if decision.layer < 0:  # a merged patch has a place of its own there
+            names.append({})
+            continue
+        made = {position: f"m{decision.layer}.{number}" for number, position in enumerate(decision.groups)}
+        names.append({**(names[-1] if names else {}), **made})
+    return names
 
 
 @pytest.fixture(params=[name for name in METHOD_CASES if name not in CALIBRATIONS | OTHERWISE])
@@ -55,7 +75,10 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
     output = model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=new, **GREEDY)
     (trace,) = model.last_pruning_traces
 
-    kept = {str(one.layer): sorted(p for p in one.positions.tolist() if p >= 0) for one in trace.decisions}
+    kept = {
+        str(one.layer): sorted(p for p in one.positions.tolist() if p >= 0 and p not in merged)
+        for one, merged in zip(trace.decisions, positions_of_merged(trace), strict=True)
+    }
     # Recorded for methods before the decoder: the prompt as the decoder sees it.
     assert expected["num_rows"] == (trace.rows_per_layer[0] if "-1" in kept else trace.num_rows)
     assert kept == expected["kept_positions_after_layer"]
@@ -204,3 +227,52 @@ def test_freezing_each_layer_alone_diverges_as_recorded() -> None:
             measured[sample, layer] = divergence(first_logits(case, sample, ShortV((layer,))), dense)
     torch.testing.assert_close(measured, recorded, atol=1e-5, rtol=0)
     assert measured.mean(0).argsort().tolist() == case.facts["expected"]["order"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.startswith("dart")])
+def test_darts_pivots_and_cosines_are_the_recorded_ones(name: str) -> None:
+    case = GoldenCase.load(name)
+    rows, visual = case.rows()
+    config = knobs(case)
+    with torch.no_grad():
+        case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=config)
+    (decision,), expected = case.model.last_pruning_traces[0].decisions, case.facts["expected"]
+    pivots = decision.measured["pivots"].astype(int).tolist()
+    assert pivots == expected["pivot_image_positions"] + expected["pivot_text_positions"]
+    order = [pivots.index(pivot) for pivot in expected["pivot_order"]]
+    cosines = torch.from_numpy(decision.measured["cosines"][order])
+    torch.testing.assert_close(cosines, case.tensors["scores_cosine"].float(), atol=1e-5, rtol=0)
+    norms = case.tensors["scores_key_l1"][visual].float()
+    groups = case.model.config.num_attention_heads // case.model.config.num_key_value_heads
+    torch.testing.assert_close(torch.from_numpy(decision.measured["key_norm"]) * groups, norms, atol=1e-5, rtol=1e-5)
+    # The budget counts the image pivots too, where asked, to the row.
+    with torch.no_grad():
+        case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config={**config, "exact": True})
+    assert case.model.last_pruning_traces[0].num_kept == int(config["keep"] * (576 if config["keep"] < 1 else 1))
+
+
+@pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.startswith("sparsevlm")])
+def test_sparsevlms_raters_scores_and_merged_rows_are_the_recorded_ones(name: str) -> None:
+    case = GoldenCase.load(name)
+    rows, visual = case.rows()
+    with torch.no_grad():
+        case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=knobs(case))
+    trace, expected = case.model.last_pruning_traces[0], case.facts["expected"]
+    votes = trace.measured[-1]["raters"]
+    behind = [row for row in range(trace.visual_positions[0], len(rows)) if not visual[row]]
+    assert [behind[number] for number in (votes > votes.mean()).nonzero()[0]] == expected["rater_positions"]
+    assert [int(decision.measured.get("rank", 0)) for decision in trace.decisions] == expected.get(
+        "rank", [0] * len(trace.decisions)
+    )
+    before: dict[int, str] = {}
+    for decision, names in zip(trace.decisions, positions_of_merged(trace), strict=True):
+        layer = str(decision.layer)
+        stay = [names.get(position, position) for position in decision.positions.tolist()]
+        assert stay == expected["visual_rows_after_layer"][layer]
+        groups = [{before.get(member, member) for member in group} for group in decision.groups.values()]
+        assert groups == [set(group) for group in expected["merged"].get(layer, {"groups": []})["groups"]]
+        scores = torch.from_numpy(decision.measured["attention"])
+        torch.testing.assert_close(scores, case.tensors[f"scores_{layer}"], atol=1e-5, rtol=1e-5)
+        if (sums := case.tensors.get(f"head_sums_{layer}")) is not None:
+            torch.testing.assert_close(torch.from_numpy(decision.measured["heads"]), sums, atol=1e-3, rtol=1e-4)
+        before = names

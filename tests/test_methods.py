@@ -34,6 +34,8 @@ from llava.pruning import (
 
 KNOBS = {
     "fastv": {"layer": 2, "keep": 2},
+    "dart": {"layer": 2, "keep": 5, "image_pivots": 1, "text_pivots": 2},
+    "sparsevlm": {"variant": "v2", "layers": [1, 2], "keep": [0.5, 0.2], "heads": 2},
     "vtw": {"layer": 3},
     "shortv": {"frozen_layers": [0, 2, 3]},
     "random": {"keep": 5, "layer": 2},
@@ -109,6 +111,15 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "shortv", "frozen_layers": 3}, ["'frozen_layers' is 3"]),
         ({"method": "pyramiddrop", "layers": [3, 2], "keep": [0.5, 0.2]}, ["'layers' is [3, 2]", "ascending"]),
         ({"method": "pyramiddrop", "layers": [2, 3], "keep": [0.5]}, ["'keep' is [0.5]", "for each"]),
+        ({"method": "dart", "layer": 0}, ["'layer' is 0", "from 1 to L-1"]),
+        ({"method": "dart", "image_pivots": 0}, ["'image_pivots' is 0", "at least 1"]),
+        ({"method": "dart", "text_pivots": 0.5}, ["'text_pivots' is 0.5"]),
+        ({"method": "dart", "exact": "yes"}, ["'exact' is 'yes'", "one of [False, True]"]),
+        ({"method": "sparsevlm", "variant": "v3"}, ["'variant' is 'v3'", "v1_5"]),
+        ({"method": "sparsevlm", "layers": [2, 6]}, ["'keep' is [300, 200, 110]", "for each of 'layers'"]),
+        ({"method": "sparsevlm", "layers": [6, 2, 8]}, ["'layers' is [6, 2, 8]", "ascending"]),
+        ({"method": "sparsevlm", "keep": [1.5, 2, 3]}, ["'keep' is [1.5, 2, 3]"]),
+        ({"method": "sparsevlm", "positions": "renumbered"}, ["'positions' is 'renumbered'"]),
         ({"method": "pyramiddrop", "positions": "new"}, ["'positions' is 'new'", "renumber"]),
         ({"method": "divprune", "keep": "64"}, ["'keep' is '64'", "a share between 0 and 1"]),
         ({"method": "divprune", "subset_ratio": 0.1}, ["of 'divprune'", "'subset_ratio'", "known keys are keep"]),
@@ -140,6 +151,7 @@ def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
         ),
         ({"method": "random", "layer": 12}, "'layer' is 12"),
         ({"method": "pyramiddrop"}, r"'layers' is \[8, 16, 24\]"),
+        ({"method": "sparsevlm"}, r"'layers' is \[2, 6, 15\]"),
         ({"method": "schedule", "shallow_mid_layer": 2, "select_layer": 12, "keep": 3}, "'select_layer' is 12"),
         ({"method": "stride", "layer": 12}, "'layer' is 12"),
         ({"method": "chain", "steps": [{"method": "divprune"}, {"method": "fastv", "layer": 12}]}, "'layer' is 12"),
@@ -160,10 +172,12 @@ def test_layers_that_the_model_has_not_are_refused_before_work(config, words) ->
 
 def test_rows_that_a_model_still_needs_may_not_leave() -> None:
     # Qwen3-VL's image features join up to layer 2.
-    in_the_decoder = {"fastv", "random", "random before the decoder", "pyramiddrop", "stride in the decoder"}
-    for config in [CONFIGS[name] for name in (*in_the_decoder, *BEFORE_THE_DECODER)] + [{"method": "pool"}]:
+    in_the_decoder = {"fastv", "dart", "sparsevlm", "random", "random before the decoder", "pyramiddrop"}
+    configs = [CONFIGS[name] for name in (*in_the_decoder, "stride in the decoder", *BEFORE_THE_DECODER)]
+    for config in [*configs, {"method": "pool"}]:
+        least = 2 if config.get("method") == "sparsevlm" else 3  # behind layer 2
         with (
-            pytest.raises(PruningConfigError, match="at least 3 for this model"),
+            pytest.raises(PruningConfigError, match=f"at least {least} for this model"),
             prune(family_model("qwen3-vl"), config),
         ):
             pass
@@ -350,6 +364,36 @@ def test_merged_rows_equal_the_decoder_run_by_hand(layout, behind, renumber) -> 
     assert trace.select_layer == behind and trace.kept_positions == sorted(where[[0, -1, 2]].tolist())
 
 
+@pytest.mark.parametrize("layout", ["image in the middle", "three images with text between"])
+def test_sparsevlms_merged_rows_are_the_means_of_their_groups(layout) -> None:
+    model, (rows, visual) = make_model(2), make_prompt(layout)
+    config = {"method": "sparsevlm", "layers": [3], "keep": [2], "positions": "keep"}
+    seen = []
+    layers = model.get_decoder().layers
+    with prune(model, config, visual_mask=visual[None]) as run:
+        hooks = [
+            layers[3].register_forward_hook(lambda module, args, output: seen.append(output[0])),
+            layers[4].register_forward_pre_hook(lambda module, args: seen.append(args[0][0])),
+        ]
+        model(inputs_embeds=rows[None])
+        for hook in hooks:
+            hook.remove()
+    before, after = seen
+    (decision,) = run.traces[0].decisions
+    merged = list(decision.groups)
+    best = decision.positions[: len(decision.positions) - len(merged)]
+    dropped = visual.sum() - len(best)
+    recycled = [member for members in decision.groups.values() for member in members]
+    assert len(recycled) == len(set(recycled)) == int(0.3 * dropped) + 1 and not set(recycled) & set(best)
+    assert decision.positions[len(best) :].tolist() == merged and len(merged) == len(recycled) // 10 + 1
+    # In the places of those that stay: the kept rows, then a mean for each group.
+    going = torch.zeros(len(rows), dtype=torch.bool)
+    going[decision.positions] = True
+    expected = torch.cat([before[best], torch.stack([before[own].mean(0) for own in decision.groups.values()])])
+    torch.testing.assert_close(after[going[going | ~visual]], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(after[~going[going | ~visual]], before[~visual])
+
+
 @pytest.mark.parametrize("rows", [[3, 3], [24], [-1]])
 def test_rows_that_are_not_there_cannot_be_kept(rows) -> None:
     class Wrong(Method):
@@ -506,6 +550,8 @@ def test_what_was_done_is_said_in_words() -> None:
         said[name] = Method.from_any(config).describe(model.last_pruning_traces[0])
     assert said == {
         "fastv": "kept 2 of 24 visual tokens, selected at layer 1",
+        "dart": "kept 4 of 24 visual tokens, selected at layer 1",
+        "sparsevlm": "kept 5 of 24 visual tokens, selected at layers 1, 2",
         "vtw": "kept 0 of 24 visual tokens from layer 3 on",
         "shortv": "kept all 24 visual tokens, not updated in 3 of 8 layers",
         "random": "kept 5 of 24 visual tokens, selected at layer 1",

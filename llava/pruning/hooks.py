@@ -286,6 +286,7 @@ class PruningRun:
             self._adapter.layers,
             self._adapter.first_layer,
             self._adapter.decoder.rotary_emb,
+            self._adapter.decoder.norm,
         )
         if self._tower is not None:
             firsts = samples[::copies]

@@ -29,11 +29,12 @@ class Kind:
 
     Attributes:
         is_layer: whether that depends on the model's number of layers.
-        drops: whether rows leave at the input of the layer that it names.
+        drops: whether rows leave at the input of the layer that it names, or so many layers `behind` it.
     """
 
     is_layer: ClassVar[bool] = False
     drops = False
+    behind = 0
 
     def fits(self, value: Any, num_layers: int | None) -> bool:
         """Whether `value` is one; with `num_layers`, in a model of so many."""
@@ -100,7 +101,7 @@ class Between(Kind):
 class Choice(Kind):
     """One of `names`; `None` where it is `optional`."""
 
-    names: Sequence[str]
+    names: Sequence[Any]
     optional: bool = False
 
     def fits(self, value: Any, num_layers: int | None) -> bool:
@@ -161,11 +162,13 @@ class Layer(Kind):
 
 @dataclass(frozen=True)
 class Layers(Kind):
-    """A list of different layers from `least` to L-1, ascending where rows leave at their inputs (`drops`)."""
+    """A list of different layers from `least` to L-1, ascending where rows leave at their inputs (`drops`), or at
+    those of the layers so many `behind`."""
 
     is_layer = True
     least: int = 1
     drops: bool = False
+    behind: int = 0
 
     def fits(self, value: Any, num_layers: int | None) -> bool:
         if not isinstance(value, list | tuple) or not all(_is_int(layer, self.least) for layer in value):

@@ -7,8 +7,8 @@ decides alone, nothing is decided while decoding.
 1. `treatments(num_layers)` and `looks_behind(num_layers)`: what happens to the image inside each layer, and behind
    which of them the method looks. Known before any prompt is.
 2. `measure(view)`: between two layers, what of the rows it wants to know. Stays on the device.
-3. `decide(layer, measured, trace)`: with those numbers on the host, which visual rows go on. What was decided before
-   is in the trace, so that a method needs no memory of its own.
+3. `decide(layer, measured, trace)`: with those numbers on the host, which visual rows go on. What was measured and
+   decided before is in the trace, so that a method needs no memory of its own.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class Method:
             if not kind.fits(value, num_layers):
                 refuse(field.name, value, kind.allowed(num_layers))
             if num_layers is not None and kind.drops and value not in (None, ()):
-                check_first_layer(field.name, min(value) if isinstance(value, tuple) else value, 0, first_layer)
+                earliest = min(value) if isinstance(value, tuple) else value
+                check_first_layer(field.name, earliest, kind.behind, first_layer)
 
     # -- what a method answers -----------------------------------------------------------------------------------
 
@@ -99,18 +100,21 @@ class Method:
 
     def decides_behind(self, num_layers: int) -> Collection[int]:
         """The layers behind which rows may leave: those that are looked behind, and those that the knobs name."""
-        named = [
-            getattr(self, field.name) for field in fields(self) if getattr(field.metadata.get("kind"), "drops", False)
-        ]
-        layers = [layer for value in named for layer in (value if isinstance(value, tuple) else [value])]
-        return {*self.looks_behind(num_layers), *(layer - 1 for layer in layers if layer is not None)}
+        named: set[int] = set()
+        for field in fields(self):
+            kind, value = field.metadata.get("kind"), getattr(self, field.name)
+            if kind is not None and kind.drops and value is not None:
+                layers = value if isinstance(value, tuple) else (value,)
+                named.update(layer + getattr(kind, "behind", 0) - 1 for layer in layers)
+        return {*self.looks_behind(num_layers), *named}
 
     def renumbers_behind(self, layer: int, num_layers: int) -> bool:
         """Whether a decision behind `layer` numbers rows anew."""
         return self.renumbers
 
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
-        """Named float32 measures `[visual rows still there]` of the rows behind `view.layer`; None: nothing."""
+        """Named measures of the rows behind `view.layer`, float32 on the host, mostly `[visual rows still there]`;
+        None: nothing."""
         return None
 
     def decide(self, layer: int, measured: Mapping[str, np.ndarray] | None, trace: PruningTrace) -> Keep | None:
@@ -136,8 +140,8 @@ class Method:
         self._check(num_layers, first_layer)
         if first_layer and BEFORE_DECODER in self.decides_behind(num_layers):
             raise PruningConfigError(
-                f"pruning config: {self.name!r} lets rows leave before the decoder, but this model's image features "
-                f"join up to layer {first_layer - 1}; use a method whose 'layer' is at least {first_layer} for this model"
+                f"pruning config: {self.name!r} lets rows leave before the decoder, but image features join up to layer "
+                f"{first_layer - 1}; use a method whose 'layer' is at least {first_layer} for this model"
             )
         return self
 

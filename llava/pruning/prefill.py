@@ -84,6 +84,7 @@ class Prefill:
         layers: the decoder's layers.
         first_layer: the first layer at whose input rows may be missing.
         rotate: the decoder's rotary embedding, for rows that are numbered anew.
+        final_norm: the norm behind the decoder's last layer, for methods that look through it.
         updated: local indices of the packed rows that the current layer updates, int64; None: all.
     """
 
@@ -93,6 +94,7 @@ class Prefill:
     layers: Sequence[Any]
     first_layer: int = 0
     rotate: Callable[..., tuple[torch.Tensor, ...]] | None = None
+    final_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
     position_embeddings: tuple[torch.Tensor, ...] = ()
     position_ids: torch.Tensor | None = None
     counts_per_layer: list[list[int]] = field(default_factory=list)
@@ -173,6 +175,7 @@ class Prefill:
                 sample.attended,
                 self._coming(layer + 1, segment),
                 sample.pictures if layer == BEFORE_DECODER else (),
+                self.final_norm,
             )
             if measured := method.measure(view):
                 measures[number] = dict(measured)
@@ -199,6 +202,8 @@ class Prefill:
     def _decide(self, sample: Sample, layer: int, measured: dict[str, np.ndarray] | None) -> None:
         trace, rows, method = sample.trace, sample.rows, sample.plan.method
         assert method is not None
+        if measured:
+            trace.measured[layer] = measured
         if measured and "cosine" in measured:
             trace.smallest_cosine[layer] = float(measured["cosine"].min())
         keep = method.decide(layer, measured, trace)

@@ -21,8 +21,8 @@ class Decision:
         positions: int64, of the visual rows that go on, in their order; a merged row's is that of the row it took
             the place of. Always positions of the unpruned prompt; -1: a row that stands for no patch.
         groups: position of a merged row → positions it stands for.
-        measured: what led to it, by name, float32 [visual rows that were there], in row order; empty for decisions
-            that looked at nothing.
+        measured: what led to it, by name, float32; mostly [visual rows that were there], in row order. Empty for
+            decisions that looked at nothing.
         before: int64, positions of the visual rows that were there.
     """
 
@@ -56,13 +56,13 @@ class PruningTrace:
         decisions: everything that was decided, in order.
         rows_per_layer: rows each layer processed, [L].
         updated_rows_per_layer: those of them that asked and were updated; the others gave keys and values only, [L].
+        measured: by layer, what a method measured behind it, whether it decided anything or not; as in `Decision`.
         smallest_cosine: the smallest cosine at every layer where a method measured it (VisiPruner's middle and deep
             stages).
         score_pairs, value_pairs: query-key pairs scored and weight-value pairs summed in each layer, summed
             over query heads, those that a method's measures took included, [L]. A call counts its whole rectangle,
             as torch's counter has it.
-        projection_flops: FLOPs of projections that were made for a measure alone, and of what a method made of the
-            vision tower's states.
+        projection_flops: FLOPs of projections and products that were made for a method's choice alone.
         visual_rows_read: visual rows whose values the prompt's text rows may read in each layer, [L]: those that
             are there, fewer where the shallow stage hides them.
         lm_head_rows: rows that went through the output head.
@@ -74,6 +74,7 @@ class PruningTrace:
     decisions: list[Decision] = field(default_factory=list)
     rows_per_layer: list[int] = field(default_factory=list)
     updated_rows_per_layer: list[int] = field(default_factory=list)
+    measured: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
     smallest_cosine: dict[int, float] = field(default_factory=dict)
     score_pairs: list[int] = field(default_factory=list)
     value_pairs: list[int] = field(default_factory=list)

@@ -3,7 +3,7 @@ than the rows that are asked for: no [rows x rows] weights exist anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ class View:
         hidden: `[rows, hidden_size]`, the rows' states.
         rows: which of them are visual (`rows.visual`, local indices) and which text (`rows.text`).
         trace: what was decided so far.
+        num_prefix: text rows in front of the first image; `text[num_prefix:]` are those behind.
         tally: counts the pairs that were scored here, for `layer`.
     """
 
@@ -69,9 +70,12 @@ class View:
         attended: Attended | None,
         coming: ComingLayer,
         pictures: Sequence[Picture] = (),
+        final_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.layer, self.hidden, self.rows, self.trace = layer, hidden, rows, trace
+        self.num_prefix = trace.visual_positions[0] if trace.visual_positions else trace.num_rows
         self._attended, self._coming, self._pictures = attended, coming, pictures
+        self._final_norm = final_norm
         self.tally = Tally()
 
     @property
@@ -95,6 +99,12 @@ class View:
     def visual(self) -> torch.Tensor | slice:
         """Local indices of the visual rows: a slice where they lie in one stretch, else int64."""
         return self.rows.visual_index(self.hidden.device)
+
+    @property
+    def final_states(self) -> torch.Tensor:
+        """`hidden` under the norm that stands behind the decoder's last layer, `[rows, hidden_size]`."""
+        assert self._final_norm is not None
+        return self._final_norm(self.hidden).to(self.hidden.device)
 
     @property
     def keys(self) -> torch.Tensor:
@@ -125,6 +135,19 @@ class View:
         )
         self.trace.projection_flops += 2 * states.shape[-1] * (query[0].numel() + keys[0].numel())
         return self._weights(query[0], keys[0], rows, module.scaling)
+
+    def product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """`left @ right` in float32, entered into the trace as the method's own work."""
+        self.trace.projection_flops += 2 * left.numel() * right.shape[-1]
+        return left.float() @ right.float()
+
+    def rotary_scores(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """What positions alone do: the scaled score of an all-one query in each of `rows` and an all-one key in each
+        visual row under rotary positions, float32 `[len(rows), visual]`. Falls with the distance, and below 0."""
+        cos, sin = (part.to(self.hidden.device).float() for part in self._coming.position_embeddings)
+        ones = cos.new_ones(1, *cos.shape)
+        turned = apply_rotary_pos_emb(ones, ones[:, :0], cos, sin)[0][0, 0]  # [rows, head_dim]
+        return self.product(turned[self._asking(rows)], turned[self.visual].T) * self.attended.scale
 
     def shares(self) -> Mapping[str, torch.Tensor]:
         """Each visual row's share of the last row's attention output in `layer` (`shares.Shares`)."""

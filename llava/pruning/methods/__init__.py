@@ -2,6 +2,7 @@
 
 from .cdpruner import CDPruner
 from .chain import Chain
+from .dart import DART
 from .divprune import DivPrune
 from .fastv import FastV
 from .holov import HoloV
@@ -11,6 +12,7 @@ from .random import Random
 from .schedule import Schedule
 from .scope import Scope
 from .shortv import ShortV
+from .sparsevlm import SparseVLM
 from .stride import Stride
 from .visionzip import VisionZip
 from .visipruner import VisiPruner
@@ -18,6 +20,7 @@ from .vispruner import VisPruner
 from .vtw import VTW
 
 __all__ = [
+    "DART",
     "VTW",
     "CDPruner",
     "Chain",
@@ -30,6 +33,7 @@ __all__ = [
     "Schedule",
     "Scope",
     "ShortV",
+    "SparseVLM",
     "Stride",
     "VisPruner",
     "VisiPruner",
