@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from golden_runs import METHOD_CASES, GoldenCase
@@ -13,6 +15,9 @@ GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": 
 CALIBRATIONS = {"shortv__contribution", "vtw__findk_a", "vtw__findk_ga"}
 # Their decoding ranks anew in every step; prefill and first token are the method's.
 PREFILL_ONLY = {"mask", "inplace"}
+# SparseVLM v2 on heads of 4, whose rotary frequencies turn quickly.
+SIGNS = "change their signs"
+pytestmark = pytest.mark.filterwarnings(f"ignore:.*{SIGNS}")
 
 
 def knobs(case: GoldenCase) -> dict:
@@ -167,7 +172,8 @@ def test_darts_pivots_and_cosines_are_the_recorded_ones(name: str) -> None:
 def test_sparsevlms_raters_scores_and_merged_rows_are_the_recorded_ones(name: str) -> None:
     case = GoldenCase.load(name)
     rows, visual = case.rows()
-    with torch.no_grad():
+    warned = pytest.warns(UserWarning, match=SIGNS) if case.facts["config"]["variant"] == "v2" else nullcontext()
+    with torch.no_grad(), warned:
         case.model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=knobs(case))
     trace, expected = case.model.last_pruning_traces[0], case.facts["expected"]
     votes = trace.measured[-1]["raters"]
