@@ -41,7 +41,7 @@ class SparseVLM(Method):
 
     variant: str = knob(Choice(tuple(PUBLISHED_KEEP)), "v1_5")
     layers: tuple[int, ...] = knob(Layers(least=0, drops=True, behind=1), (2, 6, 15))
-    keep: tuple[int | float, ...] | None = None
+    keep: tuple[int | float, ...] = None  # type: ignore[assignment]  # settled below
     positions: str | None = knob(Choice(("renumber", "keep"), optional=True), None)
     heads: int = knob(Integer(1), 14)
     scale: float = knob(Number(), 13.5)
@@ -111,7 +111,7 @@ class SparseVLM(Method):
     def _count(self, layer, trace, measured):
         there = len(trace.alive)
         if self.variant == "v1":
-            rank = int(measured["rank"])
+            rank = int(measured["rank"])  # a transfer of its own; the other variants know their counts beforehand
             return there if rank == there else min(max(int(rank * self.scale + self.bias), 0), there - 1)
         return min(number_to_keep(self.keep[self.layers.index(layer)], trace), there - 1)
 
