@@ -22,7 +22,7 @@ METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 @cache
 def golden_model(name: str, scaled: tuple[tuple[str, float], ...] = ()) -> LlavaLlamaForCausalLM:
-    """The model of that name. `scaled`: linear layers, by their published names, whose weight and bias are multiplied."""
+    """The model of that name. `scaled`: linear layers, by their published names, and what multiplies them."""
     settings = json.loads((FOLDER / "models" / f"{name}.config.json").read_text())
     if not settings.pop("has_vision_tower"):
         settings.pop("mm_projector_type")
