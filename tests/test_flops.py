@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from golden_runs import GoldenCase
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -137,6 +138,33 @@ def test_executed_equals_the_torch_counter(kv_heads, name, parts):
     counted = counter.get_total_flops() - sum(rotary.values())  # angles are no part of any convention
     assert sum(executed_flops(trace, shape) for trace in run.traces) == pytest.approx(counted, rel=1e-3)
     assert len(run.traces) == len(parts)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "vispruner", "keep": 100},
+        {"method": "scope"},
+        {"method": "holov", "crops": 10},
+        {"method": "visionzip"},
+    ],
+    ids=lambda config: config["method"],
+)
+def test_what_a_method_makes_of_the_towers_states_is_counted(config):
+    case = GoldenCase.load("scope__t101_two_images_alpha05")
+    model = case.model
+
+    def count(call):
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counter_mapping()) as counter:
+            call()
+        angles = counter.get_flop_counts().get("LlavaLlamaForCausalLM.model.language_model.rotary_emb", {})
+        return counter.get_total_flops() - sum(angles.values())
+
+    tower = count(lambda: model.encode_images(case.pixels))
+    whole = count(lambda: model(**case.inputs(), pruning_config=config, logits_to_keep=1))
+    (trace,) = model.last_pruning_traces
+    assert trace.projection_flops > 0
+    assert executed_flops(trace, DecoderShape.of(model)) == pytest.approx(whole - tower, rel=1e-3)
 
 
 def test_savings_agree_with_counts_and_know_prompts_without_images():

@@ -106,6 +106,61 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
         assert order.tolist() == expected["selection_order"]
 
 
+@pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.split("__")[0] in BEFORE_DECODER])
+def test_choices_before_the_decoder_are_the_recorded_ones_picture_by_picture(name: str) -> None:
+    case = GoldenCase.load(name)
+    expected, method = case.facts["expected"], case.facts["method"]
+    case.model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=1, **GREEDY)
+    (decision,) = case.model.last_pruning_traces[0].decisions
+    images, first = len(case.pixels), int(decision.before[0])
+    of = {key: torch.as_tensor(part).view(images, -1) for key, part in decision.measured.items()}
+    scores = of["score" if method == "scope" else "attention"]
+    torch.testing.assert_close(scores, case.tensors["scores"], atol=1e-5, rtol=1e-5)
+    rows = (decision.positions - first).reshape(images, -1)
+    for image, own in enumerate(rows):
+        patches = (own[own >= 0] - image * 576).tolist()
+        if method == "scope":
+            order = of["kept"][image].argsort(descending=True, stable=True)[: len(own)]
+            assert order.tolist() == expected["selection_order"][image] and patches == expected["kept_patches"][image]
+        if method == "vispruner":
+            assert patches == sorted(expected["important_patches"][image] + expected["diverse_patches"][image])
+        if method == "holov":
+            assert patches == expected["kept_patches_in_order"][image]
+            assert len(own) - len(patches) == expected["zero_rows"][image]
+        if method == "visionzip":
+            targets = expected["contextual_target_patches"][image]
+            assert own[0] < 0 and patches == expected["dominant_patches"][image] + targets
+            start = first + image * 576
+            merged = [[one - start for one in decision.groups[start + target]] for target in targets]
+            recorded = expected["merged_patches_per_target"][image]
+            assert merged == [sorted([target, *own]) for target, own in zip(targets, recorded, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "name", ["vispruner__t544_r05_few_rounds", "scope__t64", "holov__t288_zero_rows", "visionzip__d54_c10"]
+)
+def test_pictures_of_a_left_padded_batch_are_told_apart(name: str) -> None:
+    case, other = GoldenCase.load(name), GoldenCase.load("scope__t101_two_images_alpha05")
+    model, new = case.model, case.facts["max_new_tokens"]
+    prompts = [other.tensors["input_ids"][0], case.tensors["input_ids"][0], torch.tensor([1, 5, 7])]
+    width = max(map(len, prompts)) + 2
+    ids, attention = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for number, own in enumerate(prompts):
+        ids[number, -len(own) :], attention[number, -len(own) :] = own, 1
+    options = {"pruning_config": knobs(case), "max_new_tokens": new, **GREEDY}
+    output = model.generate(ids, torch.cat([other.pixels, case.pixels]), attention_mask=attention, **options)
+    traces = model.last_pruning_traces
+    assert output.sequences[1].tolist() == case.facts["expected"]["generated_ids"]
+    torch.testing.assert_close(torch.stack(output.logits, dim=1)[1], case.tensors["logits"], atol=1e-3, rtol=0)
+    alone = model.generate(**other.inputs(), **options)
+    assert output.sequences[0].tolist() == alone.sequences[0].tolist()
+    assert traces[0].kept_positions == model.last_pruning_traces[0].kept_positions
+    assert not traces[2].decisions
+    # Beams: the tower saw each picture once.
+    model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=2, num_beams=2, do_sample=False)
+    assert model.last_pruning_traces[0].kept_positions == traces[1].kept_positions
+
+
 def test_a_left_padded_batch_with_another_prompt_decides_as_each_alone(case: GoldenCase) -> None:
     if case.pixels is not None:
         pytest.skip("the same rows as the cases of features")

@@ -56,6 +56,14 @@ KNOBS = {
 }
 BEFORE_THE_DECODER = {"divprune", "cdpruner", "cdpruner without a question", "stride", "chain"}
 CONFIGS = {name: {"method": name, **knobs} for name, knobs in KNOBS.items()}
+# They look at what a CLIP tower made of the image, and number the rows of the shorter prompt anew.
+TOWER_KNOBS = {
+    "vispruner": {"keep": 6, "important": 0.4},
+    "scope": {"keep": 6, "alpha": 0.5},
+    "holov": {"keep": 6, "crops": 3},
+    "visionzip": {"dominant": 4, "contextual": 3},
+}
+TOWER_CONFIGS = {name: {"method": name, **knobs} for name, knobs in TOWER_KNOBS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +84,11 @@ def registry():
 # -- JSON and registry -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_json_reads_and_writes_back(name) -> None:
-    method = PruningConfig.from_any(json.dumps(CONFIGS[name]))
-    assert isinstance(method, METHODS[CONFIGS[name]["method"]])
-    assert {key: method.to_dict()[key] for key in CONFIGS[name]} == CONFIGS[name]
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *TOWER_CONFIGS.values()])
+def test_json_reads_and_writes_back(config) -> None:
+    method = PruningConfig.from_any(json.dumps(config))
+    assert isinstance(method, METHODS[config["method"]])
+    assert {key: method.to_dict()[key] for key in config} == config
     assert Method.from_any(json.dumps(method.to_dict())) == method
 
 
@@ -131,6 +139,13 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "chain", "steps": [{"method": "fastv"}]}, ["two or more methods"]),
         ({"method": "chain", "steps": {"method": "fastv"}}, ["two or more methods"]),
         ({"method": "chain", "steps": [{"method": "fast"}, {"method": "vtw"}]}, ["did you mean 'fastv'?"]),
+        ({"method": "vispruner", "important": 1.1}, ["'important' is 1.1", "from 0 to 1"]),
+        ({"method": "scope", "alpha": -0.1}, ["'alpha' is -0.1", "a number from 0"]),
+        ({"method": "scope", "alpha": float("nan")}, ["'alpha' is nan"]),
+        ({"method": "holov", "crops": 0}, ["'crops' is 0", "at least 1"]),
+        ({"method": "holov", "overflow": "drop"}, ["'overflow' is 'drop'", "redistribute"]),
+        ({"method": "visionzip", "dominant": 0}, ["'dominant' is 0", "at least 1"]),
+        ({"method": "visionzip", "contextual": -1}, ["'contextual' is -1"]),
     ],
 )
 def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
@@ -528,6 +543,113 @@ def test_a_method_may_look_at_what_the_tower_made_of_the_picture() -> None:
     with masks_hide(model, [hidden]):
         reference = model.generate(inputs_embeds=rows[None], max_new_tokens=4, **GREEDY)
     assert output.sequences.tolist() == reference.sequences.tolist()
+
+
+def rows_of_images(model, inputs) -> torch.Tensor:
+    """What the decoder gets of a batch, `[batch, rows, size]`."""
+    caught = {}
+
+    def catch(module, args, kwargs):
+        caught["rows"] = kwargs["inputs_embeds"]
+
+    with model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True):
+        model(**inputs)
+    return caught["rows"]
+
+
+@pytest.mark.parametrize("config", TOWER_CONFIGS)
+@pytest.mark.parametrize("name", ["llava", "llava-mistral"])
+def test_choosing_before_the_decoder_equals_a_forward_over_the_shorter_prompt(name, config) -> None:
+    model, inputs = family_model(name), FAMILIES[name].inputs(*BATCH)
+    with prune(model, TOWER_CONFIGS[config]) as run:
+        pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    entering = rows_of_images(model, inputs)
+    # transformers' own states of the layer that the projector reads.
+    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2]
+    picture = 0
+    for number, trace in enumerate(run.traces):
+        rows = entering[number, entering.shape[1] - trace.num_rows :].clone()
+        stays = torch.ones(trace.num_rows, dtype=torch.bool)
+        stays[trace.visual_positions] = False
+        kept = len(trace.image_spans) and trace.decisions[0].positions.reshape(len(trace.image_spans), -1)
+        for image, (start, _) in enumerate(trace.image_spans):
+            own, groups = kept[image], trace.decisions[0].groups
+            made = rows[own]  # the class token's is set below
+            for place, position in enumerate(own.tolist()):
+                if position < 0:
+                    made[place] = model.model.multi_modal_projector(states[picture, 0])
+                if position in groups:
+                    others = [1 + one - start for one in groups[position] if one != position]
+                    zipped = states[picture, 1 + position - start] + (states[picture, others].mean(0) if others else 0)
+                    made[place] = model.model.multi_modal_projector(zipped)
+            rows[start : start + len(own)], stays[start : start + len(own)] = made, True
+            picture += 1
+        shorter = model.generate(inputs_embeds=rows[stays][None], max_new_tokens=4, **GREEDY)
+        assert pruned.sequences[number, inputs["input_ids"].shape[1] :].tolist() == shorter.sequences[0].tolist()
+        logits = [torch.stack(output.logits, dim=1) for output in (pruned, shorter)]
+        torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+        assert trace.rows_per_layer == [int(stays.sum())] * LAYERS
+    dense = rows_of_images(model, inputs)
+    assert torch.equal(dense, entering) and not run.traces[2].decisions
+
+
+@pytest.mark.parametrize("config", TOWER_CONFIGS)
+def test_more_tokens_than_there_are(config) -> None:
+    model, inputs = family_model("llava"), FAMILIES["llava"].inputs((4, "image", 3))
+    for many in (16, 100):
+        knobs = {"dominant": many, "contextual": 100} if config == "visionzip" else {"keep": many}
+        knobs = {"method": config, **knobs}
+        if config == "visionzip" and many > 16:
+            with pytest.raises(PruningConfigError, match="'dominant' is 100; it must be at most 16"):
+                model_with(model, inputs, knobs)
+        else:
+            assert model_with(model, inputs, knobs).rows_per_layer == [4 + 16 + 3] * LAYERS
+    if config != "visionzip":
+        assert model_with(model, inputs, {"method": config, "keep": 0}).rows_per_layer == [7] * LAYERS
+        assert model_with(model, inputs, {"method": config, "keep": 0.5}).rows_per_layer == [15] * LAYERS
+    else:
+        assert model_with(model, inputs, {"method": config, "dominant": 1, "contextual": 0}).rows_per_layer[0] == 8
+
+
+def model_with(model, inputs, config):
+    with prune(model, config) as run:
+        model(**inputs)
+    return run.traces[0]
+
+
+@pytest.mark.parametrize("config", TOWER_CONFIGS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_without_a_class_token_or_with_tiles_are_refused_by_name(name, config) -> None:
+    if name in ("llava", "llava-mistral"):
+        pytest.skip("these have a CLIP tower and a crop an image")
+    expected = UnsupportedCallError if name.startswith("llava-next") else UnsupportedModelError
+    with pytest.raises(expected, match="crops" if expected is UnsupportedCallError else repr(config)):
+        model_with(family_model(name), FAMILIES[name].inputs((4, "image", 3)), TOWER_CONFIGS[config])
+
+
+def test_what_no_prefill_took_is_not_the_next_prompts_picture() -> None:
+    model, inputs = family_model("llava"), FAMILIES["llava"].inputs((4, "image", 3))
+    with prune(model, TOWER_CONFIGS["scope"]) as run:
+        with pytest.raises(ValueError), model.get_decoder().register_forward_pre_hook(_stop, prepend=True):
+            model(**inputs)
+        model(**inputs)
+    assert len(run.traces[0].kept_positions) == 6
+
+
+def _stop(*args):
+    raise ValueError
+
+
+def test_overflow_of_a_run_goes_to_others_unless_rows_of_zeros_are_asked_for() -> None:
+    case = GoldenCase.load("holov__t288_zero_rows")
+    kept = {}
+    for overflow in ("zeros", "redistribute"):
+        config = {"method": "holov", "keep": 288, "overflow": overflow}
+        case.model.generate(**case.inputs(), pruning_config=config, max_new_tokens=1)
+        (trace,) = case.model.last_pruning_traces
+        kept[overflow] = set(trace.kept_positions)
+        assert trace.num_kept == 288
+    assert len(kept["zeros"]) == 262 and len(kept["redistribute"]) == 288 and kept["zeros"] < kept["redistribute"]
 
 
 def test_a_tower_that_is_not_there_is_refused_by_name() -> None:

@@ -109,7 +109,7 @@ class PruningRun:
         self._tower = TowerWatch(adapter.tower_layer(watching[0]), adapter.projector) if watching else None
         self._visual_mask = visual_mask
         self._lock = lock
-        self._generation = Generation()
+        self._generation, self._is_generating = Generation(), False
         self._call = _ModelCall()
         self._forward: tuple[Prefill | Decoding | None, int] | None = None  # the one in progress, and its thread
         self._leases: weakref.WeakSet[CacheLease] = weakref.WeakSet()
@@ -183,16 +183,16 @@ class PruningRun:
             refuse_unsupported(self._adapter.model, given)
             self._adapter.refuse_wrong_copies(generation.copies, given)
         with self._lock:  # another thread may generate inside the same block
-            self._generation = generation
+            self._generation, self._is_generating = generation, True
             self._forget_pictures()
             try:
                 yield
             finally:
-                self._generation = Generation()
+                self._generation, self._is_generating = Generation(), False
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if kwargs.get("inputs_embeds") is None:
+        if not self._is_generating:  # else the tower may have run already
             self._forget_pictures()
         visual = None
         if input_ids is not None and input_ids.shape[1] > 0 and kwargs.get("inputs_embeds") is None:

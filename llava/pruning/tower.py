@@ -111,10 +111,10 @@ class TowerWatch:
         if len(pictures) * patches == sum(rows) * copies:
             pictures = pictures[::copies]
         if len(pictures) * patches != sum(rows) or any(count % patches for count in rows):
+            images = sum(len(trace.image_spans) for trace in traces)
             raise UnsupportedCallError(
-                f"the vision tower saw {len(pictures)} crops for {sum(len(trace.image_spans) for trace in traces)} "
-                f"images of {sum(rows)} rows; this method needs one crop an image and one row a patch (pass pictures and "
-                "not rows, and an image_aspect_ratio without tiles)"
+                f"the vision tower saw {len(pictures)} crops for {images} images of {sum(rows)} rows; this method "
+                "needs one crop an image and one row a patch (pass pictures and not rows, and no tiles)"
             )
         one_by_one = iter(pictures)
         return [[next(one_by_one) for _ in range(count // patches)] for count in rows]

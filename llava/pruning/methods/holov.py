@@ -50,18 +50,21 @@ class HoloV(ByPicture):
     def decide(self, layer, measured, trace):
         if not measured:
             return None
-        rows, lent = [], []
+        rows: list[int] = []
+        lent: list[int] = []
         for start, own in each_picture(measured):
             kept = self._kept(own["attention"], own["diversity"])
             missing = number_of(self.keep, len(own["attention"])) - len(kept)
             # Rows of zeros need a place in the picture, and any patch that leaves has one.
             places = np.setdiff1d(np.arange(len(own["attention"])), kept)[:missing]
-            rows += [start + kept, start + places]
-            lent.append(start + places)
-        rows, lent = np.concatenate(rows), np.concatenate(lent)
-        stays = torch.from_numpy(~np.isin(rows, lent))[:, None]
-        merge = lambda states: states[torch.from_numpy(rows).to(states.device)] * stays.to(states)  # noqa: E731
-        return Keep(rows, merge if len(lent) else None, lent=lent)
+            rows += [*(start + kept), *(start + places)]
+            lent += [*(start + places)]
+
+        def zeros_behind(states: torch.Tensor) -> torch.Tensor:
+            stays = torch.from_numpy(~np.isin(rows, lent)).to(states)
+            return states[torch.tensor(rows).to(states.device)] * stays[:, None]
+
+        return Keep(np.array(rows, dtype=np.int64), zeros_behind if lent else None, lent=lent)
 
     def _kept(self, attention: np.ndarray, diversity: np.ndarray) -> np.ndarray:
         """The patches of one picture that stay, in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,19 +58,23 @@ class VisionZip(ByPicture):
     def decide(self, layer, measured, trace):
         if not measured:
             return None
-        rows, lent, groups, zipped = [], [], {}, []
+        rows: list[int] = []
+        lent: list[int] = []
+        groups: dict[int, np.ndarray] = {}
+        parts: list[tuple[np.ndarray, ...]] = []
         for start, own in each_picture(measured):
             dominant, target = np.flatnonzero(own["dominant"]), own["target"].astype(np.int64)
             targets = np.unique(target[target >= 0])
-            place = np.setdiff1d(np.arange(len(target)), [*dominant, *targets])[:1]
-            rows += [start + place, start + dominant, start + targets]
+            place = np.setdiff1d(np.arange(len(target)), [*dominant, *targets])[0]
+            rows += [start + place, *(start + dominant), *(start + targets)]
             lent.append(start + place)
             groups |= {int(start + one): start + np.flatnonzero(target == one) for one in targets}
-            zipped.append((dominant, targets, target))
-        make = lambda pictures: torch.cat(  # noqa: E731
-            [_zipped_rows(picture, *parts) for picture, parts in zip(pictures, zipped, strict=True)]
-        )
-        return Keep(np.concatenate(rows), groups=groups, from_tower=make, lent=np.concatenate(lent))
+            parts.append((dominant, targets, target))
+
+        def zipped(pictures: Sequence[Picture]) -> torch.Tensor:
+            return torch.cat([_zipped_rows(picture, *own) for picture, own in zip(pictures, parts, strict=True)])
+
+        return Keep(np.array(rows), groups=groups, from_tower=zipped, lent=lent)
 
 
 def _zipped_rows(picture: Picture, dominant: np.ndarray, targets: np.ndarray, target: np.ndarray) -> torch.Tensor:
