@@ -140,8 +140,8 @@ class Method:
         self._check(num_layers, first_layer)
         if first_layer and BEFORE_DECODER in self.decides_behind(num_layers):
             raise PruningConfigError(
-                f"pruning config: {self.name!r} lets rows leave before the decoder, but image features join up to layer "
-                f"{first_layer - 1}; use a method whose 'layer' is at least {first_layer} for this model"
+                f"pruning config: {self.name!r} lets rows leave before the decoder, but this model's image features "
+                f"join up to layer {first_layer - 1}; take a method with 'layer' at least {first_layer} for this model"
             )
         return self
 

@@ -202,8 +202,8 @@ class Prefill:
     def _decide(self, sample: Sample, layer: int, measured: dict[str, np.ndarray] | None) -> None:
         trace, rows, method = sample.trace, sample.rows, sample.plan.method
         assert method is not None
-        if measured:
-            trace.measured[layer] = measured
+        if measured and layer == BEFORE_DECODER:
+            trace.measured_before = measured
         if measured and "cosine" in measured:
             trace.smallest_cosine[layer] = float(measured["cosine"].min())
         keep = method.decide(layer, measured, trace)

@@ -56,7 +56,8 @@ class PruningTrace:
         decisions: everything that was decided, in order.
         rows_per_layer: rows each layer processed, [L].
         updated_rows_per_layer: those of them that asked and were updated; the others gave keys and values only, [L].
-        measured: by layer, what a method measured behind it, whether it decided anything or not; as in `Decision`.
+        measured_before: what a method measured at the decoder's input, whether it decided anything there or not; as in
+            `Decision`.
         smallest_cosine: the smallest cosine at every layer where a method measured it (VisiPruner's middle and deep
             stages).
         score_pairs, value_pairs: query-key pairs scored and weight-value pairs summed in each layer, summed
@@ -74,7 +75,7 @@ class PruningTrace:
     decisions: list[Decision] = field(default_factory=list)
     rows_per_layer: list[int] = field(default_factory=list)
     updated_rows_per_layer: list[int] = field(default_factory=list)
-    measured: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    measured_before: Mapping[str, np.ndarray] = field(default_factory=dict)
     smallest_cosine: dict[int, float] = field(default_factory=dict)
     score_pairs: list[int] = field(default_factory=list)
     value_pairs: list[int] = field(default_factory=list)

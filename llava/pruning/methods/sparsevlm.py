@@ -61,7 +61,7 @@ class SparseVLM(Method):
         if view.layer == BEFORE_DECODER:
             image, text = view.hidden[view.visual], view.hidden[view.text[view.num_prefix :]]
             return {"raters": view.product(image, text.T).softmax(-1).mean(0)}
-        votes = view.trace.measured[BEFORE_DECODER]["raters"]
+        votes = view.trace.measured_before["raters"]
         chosen = votes > votes.mean() if np.ptp(votes) else slice(None)
         raters, measured = view.rows.text[view.num_prefix :][chosen], {}
         weights = view.attention(raters)  # [heads, raters, visual]
