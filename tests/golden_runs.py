@@ -21,6 +21,11 @@ METHODS_FOLDER = Path(__file__).parent / "golden_methods"
 METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
 
+def model_file(name: str) -> Path:
+    """A file of a recorded model; those that only other methods need lie with their runs."""
+    return next(path for folder in (FOLDER, METHODS_FOLDER) if (path := folder / "models" / name).exists())
+
+
 @cache
 def golden_model(name: str) -> LlavaLlamaForCausalLM:
     return build_model(name)
