@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
 import torch
-from golden_runs import METHOD_CASES, GoldenCase
+from golden_runs import METHOD_CASES, GoldenCase, golden_model, model_file
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llava.pruning import Method, PruningTrace
+from llava.pruning.clip import JointSpace
+from llava.pruning.flops import counter_mapping
 from llava.pruning.methods import VTW, CDPruner, DivPrune, ShortV
-from llava.pruning.methods.cdpruner import greedy_map
+from llava.pruning.methods.cdpruner import greedy_map, spread
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 CALIBRATIONS = {"shortv__contribution", "vtw__findk_a", "vtw__findk_ga"}
@@ -19,7 +26,8 @@ CALIBRATIONS = {"shortv__contribution", "vtw__findk_a", "vtw__findk_ga"}
 PREFILL_ONLY = {"mask", "inplace"}
 ON_THE_TOWER = {"vispruner", "scope", "holov", "visionzip"}
 # Recorded with what is not done here on purpose; see the tests below.
-OTHERWISE = {"divprune__two_images_first_only", *(name for name in METHOD_CASES if name.startswith("cdpruner"))}
+CDPRUNER = [name for name in METHOD_CASES if name.startswith("cdpruner")]
+OTHERWISE = {"divprune__two_images_first_only", *CDPRUNER}
 # SparseVLM v2 on heads of 4, whose rotary frequencies turn quickly.
 SIGNS = "change their signs"
 pytestmark = pytest.mark.filterwarnings(f"ignore:.*{SIGNS}")
@@ -220,7 +228,7 @@ class RecordedRelevance(CDPruner):
         return self.recorded[number]
 
 
-@pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.startswith("cdpruner")])
+@pytest.mark.parametrize("name", CDPRUNER)
 def test_cdpruner_chooses_as_recorded_given_the_recorded_relevance(name: str) -> None:
     case = GoldenCase.load(name)
     keep, orders = case.facts["config"]["visual_token_num"], case.facts["expected"]["selection_order"]
@@ -234,6 +242,49 @@ def test_cdpruner_chooses_as_recorded_given_the_recorded_relevance(name: str) ->
     trace = assert_same_run(case, case.inputs(), RecordedRelevance(keep, recorded=case.tensors["scores"]))
     order = trace.decisions[0].measured["order"].reshape(len(orders), -1)
     assert order.argsort(kind="stable")[:, :keep].tolist() == orders
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> str:
+    """The recorded CLIP checkpoint as transformers writes one, with the vision tower of `mha_a`."""
+    folder = tmp_path_factory.mktemp("clip")
+    settings = json.loads(model_file("mha_a_clip.config.json").read_text())
+    tower = golden_model("mha_a").config.vision_config
+    tower = tower if isinstance(tower, dict) else tower.to_dict()
+    size = settings["projection_dim"]
+    clip = CLIPModel(CLIPConfig(text_config=settings["text_config"], vision_config=tower, projection_dim=size))
+    weights = load_file(model_file("mha_a_clip.weights.safetensors"))
+    own = next(part for part in golden_model("mha_a").modules() if isinstance(part, CLIPVisionModel))
+    weights |= {f"vision_model.{name.removeprefix('vision_model.')}": part for name, part in own.state_dict().items()}
+    missing = clip.load_state_dict(weights, strict=False)
+    assert missing.missing_keys == ["logit_scale"] and not missing.unexpected_keys
+    clip.save_pretrained(folder)
+    letters = list(bytes_to_unicode().values())
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", CDPRUNER)
+def test_cdpruner_finds_the_recorded_relevance_in_clip(name: str, clip_folder: str) -> None:
+    case = GoldenCase.load(name)
+    question, keep = case.facts["input"]["text"], case.facts["config"]["visual_token_num"]
+    space = JointSpace(clip_folder)
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counter_mapping()) as counter:
+        embedded = space.text(question)
+    assert counter.get_total_flops() == space.flops(0, len(embedded))
+    torch.testing.assert_close(embedded, case.tensors["text_embeds"], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        states = case.model.get_vision_tower()(case.pixels)
+        with FlopCounterMode(display=False) as counter:
+            raw = [space.relevance(own, embedded) for own in states]
+    assert counter.get_total_flops() == space.flops(sum(map(len, raw)), 0)
+    # Published: from 0 to 1 over all pictures of a call.
+    scores = spread(torch.stack(raw))
+    torch.testing.assert_close(scores, case.tensors["scores"], atol=1e-5, rtol=0)
+    if len(scores) == 1:
+        assert_same_run(case, case.inputs(), CDPruner(keep, "clip", clip_folder, question))
 
 
 def assert_same_run(case: GoldenCase, inputs: dict, method: Method) -> PruningTrace:

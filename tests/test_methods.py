@@ -133,6 +133,8 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "divprune", "subset_ratio": 0.1}, ["of 'divprune'", "'subset_ratio'", "known keys are keep"]),
         ({"method": "cdpruner", "relevance": "question"}, ["'relevance' is 'question'", "embeddings"]),
         ({"method": "cdpruner", "relevance": "clip"}, ["'relevance' is 'clip'", "use 'embeddings' or 'none'"]),
+        ({"method": "cdpruner", "relevance": "clip", "clip": "here", "question": 3}, ["and 'question'"]),
+        ({"method": "cdpruner", "question": "What is it?"}, ["go with 'relevance' 'clip', not 'none'"]),
         ({"method": "stride", "layer": -1}, ["'layer' is -1"]),
         ({"method": "pool", "factor": 0}, ["'factor' is 0", "at least 1"]),
         ({"method": "chain"}, ["'steps' missing"]),
@@ -169,6 +171,7 @@ def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
         ({"method": "sparsevlm"}, r"'layers' is \[2, 6, 15\]"),
         ({"method": "schedule", "shallow_mid_layer": 2, "select_layer": 12, "keep": 3}, "'select_layer' is 12"),
         ({"method": "stride", "layer": 12}, "'layer' is 12"),
+        ({"method": "cdpruner", "relevance": "clip", "clip": "nowhere", "question": "?"}, "'clip' is 'nowhere'"),
         ({"method": "chain", "steps": [{"method": "divprune"}, {"method": "fastv", "layer": 12}]}, "'layer' is 12"),
         (
             {"method": "chain", "steps": [{"method": "fastv", "layer": 3}, {"method": "vtw", "layer": 3}]},

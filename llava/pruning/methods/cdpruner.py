@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
+from ..clip import joint_space
 from ..decisions import BEFORE_DECODER, Keep
-from ..errors import PruningConfigError
+from ..errors import PruningConfigError, UnsupportedCallError
 from ..knobs import Choice, Count, knob
 from ..method import Method, number_of, register
 from ..view import View
@@ -25,24 +26,42 @@ class CDPruner(Method):
 
     Attributes:
         keep: tokens an image, or a share of its rows, rounded half to even.
-        relevance: `"none"`: every row matters alike (the paper's ablation). `"embeddings"`: a row's mean cosine with
-            the input embeddings of the text behind the first image, from 0 to 1 over each image. The published
-            `"clip"` needs CLIP's text tower, which no checkpoint here holds, and is refused.
+        relevance: from 0 to 1 over each image. `"none"`: every row matters alike (the paper's ablation).
+            `"embeddings"`: a row's mean cosine with the input embeddings of the text behind the first image. `"clip"`
+            (published): of its patch and the question in CLIP's joint space, which no LLaVA checkpoint holds.
+        clip: for `"clip"`, the folder of the CLIP checkpoint that the vision tower came from.
+        question: for `"clip"`, the bare question, without the prompt around it.
         positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
             their positions.
     """
 
     keep: int | float = knob(Count(), 64)
     relevance: str = knob(Choice(("none", "embeddings", "clip")), "none")
+    clip: str | None = None
+    question: str | None = None
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.relevance == "clip":
+        given = [isinstance(value, str) and value != "" for value in (self.clip, self.question)]
+        if self.needs_tower and not all(given):
             raise PruningConfigError(
-                "pruning config: 'relevance' is 'clip', which needs the text tower of the CLIP checkpoint that the "
-                "vision tower came from, and LLaVA checkpoints do not hold it; use 'embeddings' or 'none'"
+                "pruning config: 'relevance' is 'clip', which needs 'clip', the folder of the CLIP checkpoint that the "
+                "vision tower came from, and 'question'; give both, or use 'embeddings' or 'none'"
             )
+        if not self.needs_tower and (self.clip, self.question) != (None, None):
+            raise PruningConfigError(
+                f"pruning config: 'clip' and 'question' go with 'relevance' 'clip', not {self.relevance!r}"
+            )
+
+    @property
+    def needs_tower(self):  # type: ignore[override]
+        return self.relevance == "clip"
+
+    def bind(self, num_layers, model_path):
+        if self.needs_tower:
+            joint_space(self.clip)  # refused before work, if at all
+        return self
 
     @property
     def renumbers(self):  # type: ignore[override]
@@ -69,6 +88,17 @@ class CDPruner(Method):
         """How much each of image `number`'s `rows` `[n, hidden]` matters to the question, float32 `[n]`."""
         if self.relevance == "none":
             return 1.0
+        if self.clip is not None and self.question is not None:
+            patches = view.pictures[number].states[1:]
+            if len(patches) != len(rows):
+                raise UnsupportedCallError(
+                    f"relevance 'clip' needs one row a patch; image {number + 1} has {len(rows)} rows for "
+                    f"{len(patches)} patches: use an image_aspect_ratio without tiles, or relevance 'embeddings' or 'none'"
+                )
+            space = joint_space(self.clip).to(rows.device)
+            question = space.text(self.question)
+            view.trace.projection_flops += space.flops(len(rows), len(question))
+            return spread(space.relevance(patches, question))
         text = view.hidden[view.text[view.rows.visual[0] :]]  # every row before the first visual one is text
         return spread(normalize(rows.float(), dim=1) @ normalize(text.float(), dim=1).mean(0))
 
