@@ -14,6 +14,7 @@ from family_reference import GREEDY, Hidden, masks_hide, states_restored
 from golden_runs import GoldenCase, golden_model
 from test_engine import make_model, make_prompt
 from test_families import copies_get_their_images
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPVisionModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -31,6 +32,7 @@ from llava.pruning import (
     prune,
     register,
 )
+from llava.pruning.tower import Picture
 
 KNOBS = {
     "fastv": {"layer": 2, "keep": 2},
@@ -630,6 +632,28 @@ def test_families_without_a_class_token_or_with_tiles_are_refused_by_name(name, 
         expected = PruningConfigError  # no row may leave before its decoder at all
     with pytest.raises(expected, match="crops" if expected is UnsupportedCallError else repr(config)):
         model_with(family_model(name), FAMILIES[name].inputs((4, "image", 3)), TOWER_CONFIGS[config])
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what makes the host wait for a device: scalars that are read, and shapes that depend on values."""
+
+    waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in self.waits, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", TOWER_CONFIGS)
+def test_nothing_is_read_back_while_choosing(config) -> None:
+    layer = family_model("llava").model.vision_tower.encoder.layers[0]
+    entering, states = torch.randn(2, 65, 32)
+    picture = Picture(layer, torch.nn.Identity(), entering, states)
+    rows = torch.randn(64, 16)
+    assert picture.class_weights.shape == (2, 64)
+    with Transfers():
+        measured = Method.from_any(TOWER_CONFIGS[config]).look(picture, rows)
+    assert {part.shape for part in measured.values()} == {(64,)}
 
 
 def test_what_no_prefill_took_is_not_the_next_prompts_picture() -> None:

@@ -93,7 +93,7 @@ class CDPruner(Method):
             if len(patches) != len(rows):
                 raise UnsupportedCallError(
                     f"relevance 'clip' needs one row a patch; image {number + 1} has {len(rows)} rows for "
-                    f"{len(patches)} patches: use an image_aspect_ratio without tiles, or relevance 'embeddings' or 'none'"
+                    f"{len(patches)} patches: use an image_aspect_ratio without tiles, or another relevance"
                 )
             space = joint_space(self.clip).to(rows.device)
             question = space.text(self.question)

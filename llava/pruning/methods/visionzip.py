@@ -45,8 +45,8 @@ class VisionZip(ByPicture):
         others = order[self.dominant - 1 :].sort().values
         # The class token's row takes the place of a patch that goes, so one of them is no target.
         contextual = min(self.contextual, len(others) - 1)
-        dominant, target = torch.ones_like(attention), torch.full_like(attention, -1)
-        dominant[others] = 0
+        dominant = torch.ones_like(attention).index_fill_(0, others, 0)
+        target = torch.full_like(attention, -1)
         if contextual:
             targets = others[:: max(1, len(others) // contextual)][:contextual]
             keys = functional.normalize(picture.keys[:, 1:].float().mean(0), dim=-1)

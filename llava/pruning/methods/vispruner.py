@@ -44,7 +44,5 @@ class VisPruner(ByPicture):
             likeness = similar[ranked[:, None], others].amax(dim=1)
             ranked = ranked[likeness.argsort(descending=True, stable=True)]
             residual = torch.cat([ranked[leaving:], others])
-        kept = torch.zeros_like(attention)
-        kept[important] = 1
-        kept[residual[:diverse]] = 1
-        return {"attention": attention, "kept": kept}
+        staying = torch.cat([important, residual[:diverse]])
+        return {"attention": attention, "kept": torch.zeros_like(attention).index_fill_(0, staying, 1)}
