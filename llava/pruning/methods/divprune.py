@@ -49,6 +49,7 @@ class DivPrune(Method):
         return Keep(measured["order"] < torch.inf) if measured else None
 
 
+@torch.no_grad()
 def farthest_first(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `rows` `[n, size]`, `count` that are far from each other by cosine: first the one whose nearest neighbour is
     farthest, then always the one farthest from all that were chosen. Ties go to the lower row.
