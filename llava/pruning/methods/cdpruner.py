@@ -24,6 +24,9 @@ class CDPruner(Method):
     """Before the decoder, of each image's projected rows those that greedy inference in a determinantal point process
     takes, whose kernel is cosine similarity weighted by both rows' relevance to the question.
 
+    Otherwise than published: relevance is spread over each image, not over all of a call; tiles keep their layout and
+    newline rows and are one image, and no row is chosen twice.
+
     Attributes:
         keep: tokens an image, or a share of its rows, rounded half to even.
         relevance: from 0 to 1 over each image. `"none"`: every row matters alike (the paper's ablation).
