@@ -183,6 +183,15 @@ def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
             {"method": "chain", "steps": [{"mode": ["deep"], "mid_deep_layer": 5}, {"method": "divprune"}]},
             "'divprune' may decide behind layer -1, but 'visipruner' before it up to layer 4",
         ),
+        (
+            {
+                "method": "chain",
+                "steps": [
+                    {"mode": ["shallow"], "shallow_mid_layer": 2, "shallow_sink": sink} for sink in ("first", "half")
+                ],
+            },
+            "two steps differ in what text reads",
+        ),
     ],
 )
 def test_layers_that_the_model_has_not_are_refused_before_work(config, words) -> None:

@@ -29,7 +29,7 @@ class Rows:
 
     @classmethod
     def of_prompt(cls, visual_mask: np.ndarray, num_drafts: int) -> Rows:
-        """All rows of a prompt. `visual_mask`: bool [rows], draft rows included."""
+        """All rows of a prompt. `visual_mask`: [rows], not 0 on visual rows, draft rows included."""
         visual = np.flatnonzero(visual_mask)
         return cls(len(visual_mask), len(visual_mask) - num_drafts, visual, visual)
 

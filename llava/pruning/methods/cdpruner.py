@@ -24,6 +24,9 @@ class CDPruner(Method):
     """Before the decoder, of each image's projected rows those that greedy inference in a determinantal point process
     takes, whose kernel is cosine similarity weighted by both rows' relevance to the question.
 
+    Otherwise than published: relevance is spread over each image, not over all of a call; tiles keep their layout and
+    newline rows and are one image, and no row is chosen twice.
+
     Attributes:
         keep: tokens an image, or a share of its rows, rounded half to even.
         relevance: from 0 to 1 over each image. `"none"`: every row matters alike (the paper's ablation).
@@ -93,7 +96,7 @@ class CDPruner(Method):
             if len(patches) != len(rows):
                 raise UnsupportedCallError(
                     f"relevance 'clip' needs one row a patch; image {number + 1} has {len(rows)} rows for "
-                    f"{len(patches)} patches: use an image_aspect_ratio without tiles, or another relevance"
+                    f"{len(patches)} patches: use pictures without tiles, or relevance 'embeddings' or 'none'"
                 )
             space = joint_space(self.clip).to(rows.device)
             question = space.text(self.question)
@@ -109,9 +112,10 @@ def spread(relevance: torch.Tensor) -> torch.Tensor:
     return torch.where(most > least, (relevance - least + 1e-6) / (most - least), 1.0)
 
 
+@torch.no_grad()
 def greedy_map(rows: torch.Tensor, relevance: torch.Tensor, count: int) -> torch.Tensor:
     """When each of `rows` `[n, hidden]` is chosen by greedy MAP inference (Chen et al. 2018), float32 `[n]`: from 0 on
-    for `count` of them, infinity for the others. Ties go to the lower row.
+    for `count` of them, infinity for the others. `relevance` `[n]` is at most about 1. Ties go to the lower row.
 
     Rows that add nothing any more (their gain is rounding) follow by relevance, so that none is chosen twice.
     """
@@ -119,16 +123,15 @@ def greedy_map(rows: torch.Tensor, relevance: torch.Tensor, count: int) -> torch
     kernel = relevance[:, None] * (unit @ unit.T) * relevance
     gain = kernel.diagonal().clone()
     enough = LEAST_GAIN * gain.max()
+    rest = relevance * enough  # what rows count that have no gain left
     order = torch.full_like(gain, torch.inf)
-    taken = gain.new_zeros(count, len(gain))  # what each choice explains of every row
-    left = torch.zeros_like(gain)  # -inf for chosen rows
+    explained = gain.new_zeros(count, len(gain))  # what each choice says of every row
     for step in range(count):
-        useful = gain.max() > enough
-        chosen = torch.where(useful, gain, relevance + left).argmax(keepdim=True)
-        order.index_fill_(0, chosen, step)
-        left.index_fill_(0, chosen, -torch.inf)
-        explained = taken.index_select(1, chosen)[:, 0] @ taken
-        one = (kernel.index_select(0, chosen)[0] - explained) / gain.index_select(0, chosen).clamp_min(enough).sqrt()
-        taken[step] = torch.where(useful, one, 0.0)
-        gain = (gain - taken[step].square()).index_fill(0, chosen, -torch.inf)
+        chosen = torch.where(gain > enough, gain, rest).argmax(keepdim=True)
+        known = explained.index_select(1, chosen)[:, 0] @ explained
+        gained = gain.index_select(0, chosen).clamp_min(enough).sqrt()
+        new = torch.div(kernel.index_select(0, chosen)[0] - known, gained, out=explained[step])
+        gain = torch.addcmul(gain, new, new, value=-1)
+        for spent, value in ((order, step), (gain, -torch.inf), (rest, -torch.inf)):
+            spent.index_fill_(0, chosen, value)
     return order

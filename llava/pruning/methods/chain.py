@@ -113,7 +113,7 @@ class Chain(Method):
                     "before (-1: before the decoder)"
                 )
             last, acting = (max(layers), step.name) if layers else (last, acting)
-        _ = self.treatments(num_layers)
+        self.treatments(num_layers)  # refuses what does not go together
         return self
 
     def bind(self, num_layers, model_path):
@@ -127,5 +127,7 @@ def _both(treatments: tuple[Treatment, ...]) -> Treatment:
     """What a layer does with the image where it has several `treatments`."""
     reads = {one.read for one in treatments} - {Read.ALL}
     if len(reads) > 1:
-        raise PruningConfigError("pruning config of 'chain': two steps have shallow stages; leave one out")
+        raise PruningConfigError(
+            "pruning config of 'chain': two steps differ in what text reads of the image in one layer; leave one out"
+        )
     return Treatment(next(iter(reads), Read.ALL), all(one.update for one in treatments))

@@ -17,7 +17,8 @@ from ..method import Method, number_of, register
 class DivPrune(Method):
     """Before the decoder, of each image's projected rows those that a greedy max-min choice by cosine distance takes.
 
-    Newline rows of tiles are visual rows like others here; they are equal, so one of them is chosen at most.
+    Newline rows of tiles are visual rows like others here; they are equal, so one of them is chosen at most. Otherwise
+    than published: every image is chosen from, not the first alone, and no row is chosen twice.
 
     Attributes:
         keep: tokens an image, or a share of its rows, rounded half to even (paper: 0.098).
@@ -49,6 +50,7 @@ class DivPrune(Method):
         return Keep(measured["order"] < torch.inf) if measured else None
 
 
+@torch.no_grad()
 def farthest_first(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of `rows` `[n, size]`, `count` that are far from each other by cosine: first the one whose nearest neighbour is
     farthest, then always the one farthest from all that were chosen. Ties go to the lower row.
