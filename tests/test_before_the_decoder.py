@@ -10,7 +10,7 @@ from family_reference import GREEDY, Hidden, masks_hide
 from test_engine import make_config, make_model, make_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava.pruning import prune
+from llava.pruning import PruningConfigError, prune
 from llava.pruning.methods.cdpruner import greedy_map
 from llava.pruning.methods.divprune import farthest_first
 from llava.pruning.methods.stride import evenly
@@ -171,6 +171,13 @@ def test_every_family_renumbered_equals_its_decoder_over_fewer_rows(name) -> Non
     hook = model.get_decoder().register_forward_pre_hook(
         lambda module, args, kwargs: entering.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
+    if "mrope_section" in model.get_decoder().config.rope_parameters:  # lines and columns are no number in the row
+        with pytest.raises(
+            PruningConfigError, match=r"'divprune': rows cannot be numbered anew.*'positions' to 'keep'"
+        ):
+            prune(model, {"method": "divprune", "keep": 3}).__enter__()
+        hook.remove()
+        return
     with hook, prune(model, {"method": "divprune", "keep": 3}) as run:
         pruned = model.generate(**inputs, max_new_tokens=1, **GREEDY)
     (trace,) = run.traces

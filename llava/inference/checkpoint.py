@@ -348,8 +348,7 @@ class StockCheckpoint(Checkpoint):
         file = self.folder / FILE_NAME
         config = PruningConfig.from_any(f"@{file}" if given is None and file.is_file() else given)
         config = config or PruningConfig.for_model(self._adapter.model)
-        config.validate_for(self.num_layers, self._adapter.first_layer)
-        return config
+        return self._adapter.check(config)
 
     def encode(self, turns: Sequence[Turn]) -> Prompt:
         messages = []

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers import CLIPVisionModel, PreTrainedModel
 
-from .errors import UnsupportedCallError, UnsupportedModelError
+from .errors import PruningConfigError, UnsupportedCallError, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,25 @@ class Adapter:
                     f"transformers {transformers.__version__} gives the copies each other's pictures; "
                     "use a newer transformers, or one copy and one beam"
                 )
+
+    def check(self, method: Any) -> Any:
+        """A method whose knobs fit this model; returns it.
+
+        Raises:
+            PruningConfigError: with the key, the value and the allowed range.
+            UnsupportedModelError: it looks at a vision tower that this model has not.
+        """
+        if method.needs_tower:
+            self.tower_layer(method.name)
+        method.validate_for(len(self.layers), self.first_layer)
+        # These give every patch its line and column as a position, which a number in the row cannot stand for.
+        if method.renumbers and "mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {}):
+            raise PruningConfigError(
+                f"pruning config of {method.name!r}: rows cannot be numbered anew on this "
+                f"{self.model.config.model_type} model, whose patches have positions on a grid; set 'positions' to "
+                "'keep', or use a method that keeps them"
+            )
+        return method
 
     def tower_layer(self, method: str) -> Any:
         """The vision tower's layer that the language model reads, for the method of that name.

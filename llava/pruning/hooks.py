@@ -470,8 +470,7 @@ def _method_for(adapter: Adapter, config: Config) -> Method | None:
     method: Method | None = Method.from_any(config)
     if method is None:
         return None
-    num_layers = len(adapter.layers)
-    method = method.validate_for(num_layers, adapter.first_layer).bind(num_layers, adapter.model.config._name_or_path)
+    method = adapter.check(method).bind(len(adapter.layers), adapter.model.config._name_or_path)
     return None if method.is_dense else method
 
 

@@ -274,9 +274,7 @@ class Prefill:
     def _number_anew(self, renumbered: Sequence[bool], survivors: torch.Tensor, hidden: torch.Tensor) -> None:
         """Positions 0, 1, … for the rows of every sample that is `renumbered`; the others keep theirs."""
         if self.position_ids is None or self.rotate is None or self.position_ids.ndim != 2:
-            raise UnsupportedCallError(
-                "this method numbers rows anew, and this model's rows have no single positions; use positions 'keep'"
-            )
+            raise UnsupportedCallError("this method numbers rows anew, and this model's layers are not told positions")
         kept = _select_rows(self.position_ids, survivors)[0].split(self.counts)
         self.position_ids = torch.cat(
             [
