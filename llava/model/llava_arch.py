@@ -167,7 +167,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         return self.model.multi_modal_projector(self._require_tower()(images))
 
     def _require_tower(self) -> VisionTower:
-        tower = self.get_vision_tower()
+        tower = getattr(self.model, "vision_tower", None)
         if tower is None:
             raise UserError("images were given, but this model has no vision tower; pass inputs_embeds and visual_mask")
         return tower
