@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import log
+from math import isqrt, log
 from typing import Any
 
 from llava.inference import Answer
@@ -23,9 +23,7 @@ from llava.pruning.method import method_named
 from llava.pruning.methods import Pool
 from llava.utils import UserError
 
-CONVENTION = (
-    "visual rows that a layer processes in the prefill, mean over all layers and over the questions with images"
-)
+CONVENTION = "visual rows that a layer processes in the prefill, mean over all layers and all questions with images"
 FLOORS = ("random", "stride", "pool")
 """Methods that look at nothing; what looks at something has to beat them."""
 PUBLISHED_LAYERS = 32
@@ -61,9 +59,8 @@ class Budget:
         """Tokens a layer where `counts[i]` rows are left from layer `starts[i]` on, and V before."""
         held = [0, *starts, self.layers]
         rows = [self.visual, *counts]
-        return (
-            sum(count * (stop - start) for count, start, stop in zip(rows, held, held[1:], strict=False)) / self.layers
-        )
+        spans = zip(rows, held, held[1:], strict=False)
+        return sum(count * (stop - start) for count, start, stop in spans) / self.layers
 
 
 def _before_decoder(budget: Budget) -> dict[str, Any]:
@@ -159,11 +156,8 @@ def _visionzip(budget: Budget) -> dict[str, Any]:
 
 
 def _pool(budget: Budget) -> dict[str, Any]:
-    factors = range(2, budget.visual + 1)
-    sizes = {
-        factor: int(Pool(factor).blocks(budget.visual).max()) + 1 for factor in factors if factor**2 <= budget.visual
-    }
-    return {"factor": min(sizes, key=lambda factor: abs(sizes[factor] - budget.tokens), default=2)}
+    sizes = {factor: Pool(factor).blocks(budget.visual).max() + 1 for factor in range(2, isqrt(budget.visual) + 2)}
+    return {"factor": min(sizes, key=lambda factor: abs(sizes[factor] - budget.tokens))}
 
 
 def _vtw(budget: Budget) -> dict[str, Any]:
@@ -226,9 +220,7 @@ def visipruner_for(tokens: int, config: Method, ask: Callable[[Method], Sequence
         UserError: no middle stage, or no threshold comes near.
     """
     if not isinstance(config, VisiPruner) or not config.middle:
-        raise UserError(
-            "the model's own config has no middle stage of VisiPruner to be calibrated; give one by --config"
-        )
+        raise UserError("the model's own config is none of VisiPruner with a middle stage; give its knobs by --config")
     norms = sorted(
         float(norm)
         for answer in ask(config)

@@ -185,6 +185,8 @@ def read_methods(args: argparse.Namespace) -> dict[str, tuple[str, int]]:
     if bool(args.method) != bool(args.tokens):
         raise UserError("--method and --tokens go together: --method fastv,divprune --tokens 64,32")
     methods = [name.strip() for name in (args.method or "").split(",") if name.strip()]
+    if args.method and not methods:
+        raise UserError(f"--method {args.method}: names of methods are needed, like fastv,divprune")
     check_methods(methods)
     try:
         budgets = [int(text) for text in (args.tokens or "").split(",") if text.strip()]
@@ -239,7 +241,7 @@ def read_configs(given: Sequence[str], checkpoint: Checkpoint, asked: Collection
         return {}
     if not given:
         return {"pruned": checkpoint.pruning_config()}
-    configs = {}
+    configs: dict[str, Method] = {}
     for text in given:
         name, equals, written = text.partition("=")
         if not equals or not name or name in (DENSE, *configs, *asked):
@@ -280,7 +282,10 @@ def compare(
     asked: dict[str, tuple[str, int]],
     out: Path,
 ) -> dict[str, Any]:
-    """Run one benchmark under all configs, given or found for ``asked``. Returns its part of the report; the answers go to ``out``."""
+    """Run one benchmark under all configs, given or found for ``asked``.
+
+    Returns its part of the report; the answers go to ``out``.
+    """
     checkpoint = loaded.checkpoint
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
@@ -349,6 +354,15 @@ _FIGURES = (
 )
 
 
+# What a terminal has room for where every run is a row.
+_BRIEF = ("", "score", "answers as dense, %", "tokens a layer", "prefill FLOPs saved, % (executed)")
+
+
+def has_budgets(result: dict[str, Any]) -> bool:
+    """Whether knobs were found for numbers of tokens a layer."""
+    return any(run["tokens_a_layer"]["asked"] for run in result["runs"].values())
+
+
 def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Columns (a run each, published scores at the end) and rows (a figure each) of one benchmark's table; with
     methods at budgets, which are many runs, the other way round."""
@@ -358,7 +372,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
         columns[name] = (
             run["scores"]["score"] if "scores" in run else None,
             100 * run["agreement_with_dense"],
-            "{:.1f}–{:.1f}".format(*(100 * bound for bound in run["agreement_interval"])),
+            "{:.1f} to {:.1f}".format(*(100 * bound for bound in run["agreement_interval"])),
             run["tokens_a_layer"]["asked"],
             run["tokens_a_layer"]["measured"],
             pruning.get("kept"),
@@ -372,7 +386,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
         )
     for name, score in result["published"].items():
         columns[f"{name}, published"] = (score, *[None] * (len(_FIGURES) - 1))
-    if any(run["tokens_a_layer"]["asked"] for run in result["runs"].values()):
+    if has_budgets(result):
         (corner, figures), *runs = columns.items()
         return [corner, *figures], [(name, *values) for name, values in runs]
     return list(columns), list(zip(*columns.values(), strict=True))
@@ -420,11 +434,19 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(scored), 3.6), layout="constrained")
     for axes, (name, result) in zip(figure.subplots(1, len(scored), squeeze=False)[0], scored.items(), strict=True):
         has_score = "scores" in result["runs"][DENSE]
+        lines: dict[str, list[tuple[float, float]]] = {}  # a method's budgets are one line
         for way, run in result["runs"].items():
             value = run["scores"]["score"] if has_score else 100 * run["agreement_with_dense"]
             executed = run["prefill_flops"]["executed"] / 1e9
-            axes.plot(executed, value, "o" if way == DENSE else "s", markersize=8)
-            axes.annotate(way, (executed, value), xytext=(6, 6), textcoords="offset points")
+            line = way.removesuffix(f"-{run['tokens_a_layer']['asked']}")
+            lines.setdefault(line, []).append((executed, value))
+        markers = "o" + "s" * (len(lines) - 1) if not has_budgets(result) else "osv^<>DPX*hdp" * len(lines)
+        for (line, points), marker in zip(lines.items(), markers, strict=False):
+            axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=6, label=line)
+            if not has_budgets(result):
+                axes.annotate(line, points[0], xytext=(6, 6), textcoords="offset points")
+        if has_budgets(result):
+            axes.legend(fontsize=6, loc="lower right", ncols=2)
         axes.set_title(f"{BENCHMARKS[name].title if name in BENCHMARKS else name} ({result['data']} data)")
         axes.set_xlabel("executed prefill FLOPs, mean (GFLOP)")
         axes.set_ylabel(BENCHMARKS[name].unit if has_score else "answers as dense, %")
@@ -490,7 +512,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["benchmarks"][name] = compare(args, name, loaded, configs, asked, out)
         write_whole(out / "report.json", to_json(report))
         write_whole(out / "report.md", markdown(report))
-        show(name, *table(report["benchmarks"][name]))
+        columns, rows = table(report["benchmarks"][name])
+        if has_budgets(report["benchmarks"][name]):
+            places = [columns.index(figure) for figure in _BRIEF]
+            columns, rows = list(_BRIEF), [tuple(row[place] for place in places) for row in rows]
+        show(name, columns, rows)
     try:
         plot(report, out / "report.png")
     except ImportError:
