@@ -135,7 +135,8 @@ def _pyramiddrop(budget: Budget) -> dict[str, Any]:
 
 
 def _sparsevlm(budget: Budget) -> dict[str, Any]:
-    starts, counts = _stages(budget, (3, 7, 16), (300 / 576, 200 / 576, 110 / 576), _with_merged)
+    shares = (0.521, 0.347, 0.191)  # the published 300, 200 and 110 of what they were published for
+    starts, counts = _stages(budget, (3, 7, 16), shares, _with_merged)
     return {"layers": [start - 1 for start in starts], "keep": [budget.share(count) for count in counts]}
 
 
