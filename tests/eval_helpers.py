@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tiny_checkpoints import VOCAB, tiny_config, tiny_model, write_original
+from tiny_checkpoints import VISION, VOCAB, tiny_config, tiny_model, write_original
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -20,9 +20,11 @@ PRUNING = {"mode": ["middle"], "shallow_mid_layer": 1, "layer_threshold": 0.995,
 WORDS = [f"w{index}" for index in range(VOCAB - 4)]
 
 
-def write_model(folder: Path, seed: int = 4) -> Path:
-    """A random four-layer LLaVA in the original layout whose every token is a word."""
-    write_original(folder, tiny_model(tiny_config(num_hidden_layers=4), seed=seed))
+def write_model(folder: Path, seed: int = 4, layers: int = 4, patches_per_side: int = 2) -> Path:
+    """A random LLaVA in the original layout whose every token is a word."""
+    vision = {**VISION, "image_size": patches_per_side * VISION["patch_size"]}
+    model = tiny_model(tiny_config(num_hidden_layers=layers, vision_config=vision), seed=seed)
+    write_original(folder, model, num_hidden_layers=layers, vision_config=vision)
     vocab = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,7 +1,9 @@
 """Dense and pruned on the same questions: scores, agreement, what was kept, FLOPs, memory and the clock.
 
 ``python -m llava.eval.compare --benchmark gqa --benchmark textvqa -o comparison`` compares the shipped model dense and
-with its own pruning config. Every batch is asked under every config in turn, so that all meet the same machine.
+with its own pruning config. ``--method fastv,divprune --tokens 64,32`` compares methods at the same number of visual
+tokens a layer, for which `llava.eval.budgets` finds their knobs. Every batch is asked under every config in turn, so
+that all meet the same machine.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,27 +25,52 @@ import transformers
 from tqdm import tqdm
 
 from llava.eval.benchmarks import BENCHMARKS, published
+from llava.eval.budgets import (
+    CONVENTION,
+    FLOORS,
+    Budget,
+    check_methods,
+    method_for,
+    tokens_a_layer,
+    visipruner_for,
+)
 from llava.eval.files import move_aside, sha256_of, to_json, to_jsonl
 from llava.eval.prompts import PromptBatch, prompt_batches
 from llava.eval.questions import Question, read_questions
 from llava.eval.run_files import answer_record
 from llava.eval.scoring import cell, mean, show
 from llava.eval.traces import PruningSummary, trace_record
-from llava.inference import Answer, Checkpoint, GenerationOptions, LoadedModel, LoadOptions, Responder, open_checkpoint
+from llava.inference import (
+    Answer,
+    Checkpoint,
+    GenerationOptions,
+    LoadedModel,
+    LoadOptions,
+    Prompt,
+    Responder,
+    open_checkpoint,
+)
 from llava.options import add_model_options, from_arguments
-from llava.pruning import Method, PruningTrace
+from llava.pruning import Method, PruningTrace, VisiPruner
 from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops
 from llava.utils import UserError, processor_name, run_main, write_whole
 
 DENSE = "dense"
+# Prompts that a budget is found on: enough to see how long they are, few enough to be asked several times.
+_SAMPLE = 24
 
 
 @dataclass
 class Contender:
-    """One way to run the model, and what it was asked and answered so far."""
+    """One way to run the model, and what it was asked and answered so far.
+
+    Attributes:
+        tokens: visual tokens a layer that its knobs were found for; None: the knobs were given.
+    """
 
     name: str
     responder: Responder
+    tokens: int | None = None
     questions: list[Question] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
 
@@ -95,6 +122,11 @@ def measure(contender: Contender, dense: Contender, loaded: LoadedModel) -> dict
         "config": contender.config.to_dict() if contender.config else None,
         "questions": len(answers),
         "agreement_with_dense": mean(same),
+        "agreement_interval": interval_of(same),
+        "tokens_a_layer": {
+            "asked": contender.tokens,
+            "measured": mean(tokens_a_layer(answer) for answer in answers if answer.visual_tokens),
+        },
         "pruning": pruning,
         "prefill_flops": {name: mean(count[name] for count in spent) for name in CONVENTIONS},
         "flops_saved": {name: mean(each[name] for each in saved) for name in CONVENTIONS},
@@ -105,6 +137,15 @@ def measure(contender: Contender, dense: Contender, loaded: LoadedModel) -> dict
         "decode_tokens_per_s": spread([rate for rate in rates if rate is not None]),
         "questions_per_s": len(answers) / seconds if seconds else None,
     }
+
+
+def interval_of(same: Sequence[bool]) -> list[float]:
+    """95 % interval of a share (Wilson's), which is one of positive length even where all agree."""
+    z, count = statistics.NormalDist().inv_cdf(0.975), len(same)
+    share, shrunk = sum(same) / count, 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / shrunk
+    half = z / shrunk * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
+    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -139,14 +180,71 @@ def ask_all(
 # --- what to compare ---
 
 
-def read_configs(given: Sequence[str], checkpoint: Checkpoint) -> dict[str, Method]:
-    """``NAME=JSON`` or ``NAME=@file`` → configs by name; none given, the one recommended for the model."""
+def read_methods(args: argparse.Namespace) -> dict[str, tuple[str, int]]:
+    """``--method`` and ``--tokens`` → method and visual tokens a layer, by the name of each run."""
+    if bool(args.method) != bool(args.tokens):
+        raise UserError("--method and --tokens go together: --method fastv,divprune --tokens 64,32")
+    methods = [name.strip() for name in (args.method or "").split(",") if name.strip()]
+    if args.method and not methods:
+        raise UserError(f"--method {args.method}: names of methods are needed, like fastv,divprune")
+    check_methods(methods)
+    try:
+        budgets = [int(text) for text in (args.tokens or "").split(",") if text.strip()]
+    except ValueError:
+        budgets = [0]
+    if any(tokens < 1 for tokens in budgets):
+        raise UserError(f"--tokens {args.tokens}: visual tokens a layer are needed, integers from 1 like 64,32,16")
+    if methods and not args.no_floors:
+        methods += FLOORS
+    return {f"{name}-{tokens}": (name, tokens) for tokens in budgets for name in methods}
+
+
+def find_configs(
+    asked: dict[str, tuple[str, int]], prompts: Sequence[Prompt], loaded: LoadedModel, batch_size: int
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """Knobs for budgets, tried on a few of the questions.
+
+    Args:
+        asked: method and visual tokens a layer, by the name of the run.
+        prompts: some of those that will be asked, with pictures.
+
+    Returns:
+        Configs by name; by name, why the others cannot be run.
+    """
+
+    def ask(config: Method, count: int | None = None) -> list[Answer]:
+        return Responder(loaded, config, GenerationOptions(1), batch_size).answer(prompts[:count])
+
+    configs: dict[str, Method] = {}
+    left_out = {}
+    for run, (name, tokens) in asked.items():
+        try:
+            if not prompts:
+                raise UserError("none of the questions that were looked at has a picture")
+            visual = round(statistics.mean(prompt.num_visual for prompt in prompts))
+            budget = Budget(tokens, visual, loaded.checkpoint.num_layers)
+            if name == VisiPruner.name:
+                config = visipruner_for(tokens, loaded.checkpoint.pruning_config(), ask)
+            else:
+                config = method_for(name, budget)
+                ask(config, 1)
+            configs[run] = config
+        except UserError as error:
+            left_out[run] = str(error)
+    return configs, left_out
+
+
+def read_configs(given: Sequence[str], checkpoint: Checkpoint, asked: Collection[str] = ()) -> dict[str, Method]:
+    """``NAME=JSON`` or ``NAME=@file`` → configs by name; none given and no run ``asked`` for otherwise, the one
+    recommended for the model."""
+    if not given and asked:
+        return {}
     if not given:
         return {"pruned": checkpoint.pruning_config()}
-    configs = {}
+    configs: dict[str, Method] = {}
     for text in given:
         name, equals, written = text.partition("=")
-        if not equals or not name or name == DENSE or name in configs:
+        if not equals or not name or name in (DENSE, *configs, *asked):
             raise UserError(f"--config {text!r}: NAME=JSON or NAME=@file is needed, each name once and none {DENSE!r}")
         configs[name] = checkpoint.pruning_config(written)
     return configs
@@ -177,9 +275,17 @@ def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def compare(
-    args: argparse.Namespace, name: str, loaded: LoadedModel, configs: dict[str, Method], out: Path
+    args: argparse.Namespace,
+    name: str,
+    loaded: LoadedModel,
+    configs: dict[str, Method],
+    asked: dict[str, tuple[str, int]],
+    out: Path,
 ) -> dict[str, Any]:
-    """Run one benchmark under all configs. Returns its part of the report; the answers go to ``out``."""
+    """Run one benchmark under all configs, given or found for ``asked``.
+
+    Returns its part of the report; the answers go to ``out``.
+    """
     checkpoint = loaded.checkpoint
     benchmark = BENCHMARKS.get(name)
     if benchmark is not None:
@@ -189,8 +295,17 @@ def compare(
         question_file, image_folder, kind = Path(args.question_file), Path(args.image_folder), "own"
     questions = read_questions(question_file, image_folder)[: args.limit]
     options = GenerationOptions(args.max_new_tokens)
+    left_out: dict[str, str] = {}
+    if asked:
+        sample = [question for question in questions if question.image is not None][:_SAMPLE]
+        batches = prompt_batches(sample, checkpoint, args.batch_size, args.num_workers)
+        prompts = [prompt for batch in batches for prompt in batch.prompts]
+        found, left_out = find_configs(asked, prompts, loaded, args.batch_size)
+        configs = {**configs, **found}
+    for way, why in left_out.items():
+        print(f"{way} is left out: {why}", file=sys.stderr)
     contenders = [
-        Contender(way, Responder(loaded, config, options, args.batch_size))
+        Contender(way, Responder(loaded, config, options, args.batch_size), asked.get(way, (way, None))[1])
         for way, config in {DENSE: None, **configs}.items()
     ]
     print(f"{name} ({kind} data): {len(questions)} questions, {len(contenders)} ways", flush=True)
@@ -203,6 +318,7 @@ def compare(
         "question_file": str(question_file),
         "question_file_sha256": sha256_of(question_file),
         "not_asked": [{"line": question.line + 1, "error": error} for question, error in failures],
+        "left_out": left_out,
         "published": published(args.model_path, name, kind),
         "runs": {},
     }
@@ -224,6 +340,9 @@ def compare(
 _FIGURES = (
     "score",
     "answers as dense, %",
+    "as dense, 95 % interval",
+    "tokens a layer, asked",
+    "tokens a layer",
     "visual tokens kept",
     "selecting layer",
     "exit layer",
@@ -235,14 +354,27 @@ _FIGURES = (
 )
 
 
+# What a terminal has room for where every run is a row.
+_BRIEF = ("", "score", "answers as dense, %", "tokens a layer", "prefill FLOPs saved, % (executed)")
+
+
+def has_budgets(result: dict[str, Any]) -> bool:
+    """Whether knobs were found for numbers of tokens a layer."""
+    return any(run["tokens_a_layer"]["asked"] for run in result["runs"].values())
+
+
 def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Columns (a run each, published scores at the end) and rows (a figure each) of one benchmark's table."""
+    """Columns (a run each, published scores at the end) and rows (a figure each) of one benchmark's table; with
+    methods at budgets, which are many runs, the other way round."""
     columns: dict[str, tuple[Any, ...]] = {"": _FIGURES}
     for name, run in result["runs"].items():
         pruning = run["pruning"] or {}
         columns[name] = (
             run["scores"]["score"] if "scores" in run else None,
             100 * run["agreement_with_dense"],
+            "{:.1f} to {:.1f}".format(*(100 * bound for bound in run["agreement_interval"])),
+            run["tokens_a_layer"]["asked"],
+            run["tokens_a_layer"]["measured"],
             pruning.get("kept"),
             pruning.get("select_layer"),
             pruning.get("exit_layer"),
@@ -254,6 +386,9 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
         )
     for name, score in result["published"].items():
         columns[f"{name}, published"] = (score, *[None] * (len(_FIGURES) - 1))
+    if has_budgets(result):
+        (corner, figures), *runs = columns.items()
+        return [corner, *figures], [(name, *values) for name, values in runs]
     return list(columns), list(zip(*columns.values(), strict=True))
 
 
@@ -278,6 +413,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines = ["| " + " | ".join(columns) + " |", "|" + "---|" + "---:|" * (len(columns) - 1)]
         lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
         parts += [f"## {name} ({result['data']} data, {questions} questions; score: {unit})", "\n".join(lines)]
+        parts.append(f"Tokens a layer: {CONVENTION}.")
+        parts += [f"{way} is left out: {why}" for way, why in result["left_out"].items()]
         for way, run in result["runs"].items():
             if run["pruning"]:
                 parts.append(
@@ -297,11 +434,19 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(4.2 * len(scored), 3.6), layout="constrained")
     for axes, (name, result) in zip(figure.subplots(1, len(scored), squeeze=False)[0], scored.items(), strict=True):
         has_score = "scores" in result["runs"][DENSE]
+        lines: dict[str, list[tuple[float, float]]] = {}  # a method's budgets are one line
         for way, run in result["runs"].items():
             value = run["scores"]["score"] if has_score else 100 * run["agreement_with_dense"]
             executed = run["prefill_flops"]["executed"] / 1e9
-            axes.plot(executed, value, "o" if way == DENSE else "s", markersize=8)
-            axes.annotate(way, (executed, value), xytext=(6, 6), textcoords="offset points")
+            line = way.removesuffix(f"-{run['tokens_a_layer']['asked']}")
+            lines.setdefault(line, []).append((executed, value))
+        markers = "o" + "s" * (len(lines) - 1) if not has_budgets(result) else "osv^<>DPX*hdp" * len(lines)
+        for (line, points), marker in zip(lines.items(), markers, strict=False):
+            axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=6, label=line)
+            if not has_budgets(result):
+                axes.annotate(line, points[0], xytext=(6, 6), textcoords="offset points")
+        if has_budgets(result):
+            axes.legend(fontsize=6, loc="lower right", ncols=2)
         axes.set_title(f"{BENCHMARKS[name].title if name in BENCHMARKS else name} ({result['data']} data)")
         axes.set_xlabel("executed prefill FLOPs, mean (GFLOP)")
         axes.set_ylabel(BENCHMARKS[name].unit if has_score else "answers as dense, %")
@@ -331,6 +476,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME=JSON|NAME=@FILE",
         help="a pruning config; may be given several times (default: the model's own)",
     )
+    parser.add_argument("--method", metavar="NAME,NAME", help="methods whose knobs are found for each of --tokens")
+    parser.add_argument("--tokens", metavar="N,N", help="visual tokens a layer, on average, for each --method")
+    parser.add_argument("--no-floors", action="store_true", help=f"do not add {', '.join(FLOORS)} to --method")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-workers", type=int)
@@ -347,10 +495,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
     names = list(dict.fromkeys(args.benchmark)) or [Path(args.question_file).stem]
+    asked = read_methods(args)
     for name in args.benchmark:
         BENCHMARKS[name].files(args.data)
     checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    configs = read_configs(args.config, checkpoint)
+    configs = read_configs(args.config, checkpoint, asked)
     out = Path(args.output)
     for old in ("report.json", "report.md", "report.png"):
         moved = move_aside(out / old)
@@ -360,10 +509,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     report: dict[str, Any] = {"about": about(args, loaded.model), "benchmarks": {}}
     for name in names:
-        report["benchmarks"][name] = compare(args, name, loaded, configs, out)
+        report["benchmarks"][name] = compare(args, name, loaded, configs, asked, out)
         write_whole(out / "report.json", to_json(report))
         write_whole(out / "report.md", markdown(report))
-        show(name, *table(report["benchmarks"][name]))
+        columns, rows = table(report["benchmarks"][name])
+        if has_budgets(report["benchmarks"][name]):
+            places = [columns.index(figure) for figure in _BRIEF]
+            columns, rows = list(_BRIEF), [tuple(row[place] for place in places) for row in rows]
+        show(name, columns, rows)
     try:
         plot(report, out / "report.png")
     except ImportError:

@@ -1,0 +1,251 @@
+"""Each method's knobs for one and the same *average number of visual tokens a layer*.
+
+The convention: the visual rows that a layer processes while a prompt is read, averaged over all L layers, and over the
+prompts. V rows reach the decoder, or fewer where a method chooses before it. Rows that a method merged or made count
+like others, text rows never do. So a method that chooses before the decoder keeps as many as are asked for, and one
+that chooses inside it keeps fewer, since its first layers held all V.
+
+Knobs that the budget does not settle are the published ones. Layers are published for one model; a budget too small
+for them takes earlier ones. Counts are written as shares of V, so that prompts of different lengths meet the budget on
+average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import isqrt, log
+from typing import Any
+
+from llava.inference import Answer
+from llava.pruning import METHODS, Method, VisiPruner
+from llava.pruning.method import method_named
+from llava.pruning.methods import Pool
+from llava.utils import UserError
+
+CONVENTION = "visual rows that a layer processes in the prefill, mean over all layers and all questions with images"
+FLOORS = ("random", "stride", "pool")
+"""Methods that look at nothing; what looks at something has to beat them."""
+PUBLISHED_LAYERS = 32
+"""Of the models that PyramidDrop and SparseVLM were published for."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What knobs are found for.
+
+    Attributes:
+        tokens: T, visual tokens a layer that are asked for.
+        visual: V, visual tokens of a prompt; of prompts that differ, their mean.
+        layers: L, of the decoder.
+
+    Raises:
+        UserError: more than there are.
+    """
+
+    tokens: int
+    visual: int
+    layers: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tokens < self.visual:
+            raise UserError(f"{self.tokens} tokens a layer are no budget: the prompts have {self.visual} visual tokens")
+
+    def share(self, count: float) -> float:
+        """Of V, as methods take it that round."""
+        return round(count / self.visual, 6)
+
+    def mean(self, starts: Sequence[int], counts: Sequence[int]) -> float:
+        """Tokens a layer where `counts[i]` rows are left from layer `starts[i]` on, and V before."""
+        held = [0, *starts, self.layers]
+        rows = [self.visual, *counts]
+        spans = zip(rows, held, held[1:], strict=False)
+        return sum(count * (stop - start) for count, start, stop in spans) / self.layers
+
+
+def _before_decoder(budget: Budget) -> dict[str, Any]:
+    return {"keep": budget.share(budget.tokens)}
+
+
+def _after_layer(budget: Budget) -> tuple[int, int]:
+    """The published layer 2, else 1, and how many stay from it on."""
+    for layer in range(min(2, budget.layers - 1), 0, -1):
+        keep = round((budget.tokens * budget.layers - layer * budget.visual) / (budget.layers - layer))
+        if keep >= 1:
+            return layer, keep
+    raise UserError(
+        f"{budget.tokens} tokens a layer are too few: layer 0 holds all {budget.visual}, which alone makes "
+        f"{budget.visual / budget.layers:.1f} a layer"
+    )
+
+
+def _fastv(budget: Budget) -> dict[str, Any]:
+    layer, keep = _after_layer(budget)
+    return {"layer": layer, "keep": budget.share(keep)}
+
+
+def _dart(budget: Budget) -> dict[str, Any]:
+    layer, keep = _after_layer(budget)
+    return {"layer": layer, "keep": budget.share(keep + 0.5), "exact": True}  # + 0.5: it truncates
+
+
+def _stages(
+    budget: Budget,
+    starts: Sequence[int],
+    shares: Sequence[float],
+    rows: Callable[[int, Sequence[int]], Sequence[int]] = lambda visual, counts: counts,
+) -> tuple[list[int], list[int]]:
+    """Published stages, scaled: all layers by one factor, never to later ones, and all counts by another.
+
+    Of the layers that meet the budget, those are taken whose counts are nearest to the published shares.
+
+    Args:
+        starts: the first layer of each stage but the one of all rows, of `PUBLISHED_LAYERS`.
+        shares: of V, what stays in each of them.
+        rows: given V and the counts that stay, the rows that are really there.
+
+    Returns:
+        First layers, and how many stay.
+    """
+    fitting = []
+    for first in range(max(1, round(budget.layers * starts[0] / PUBLISHED_LAYERS)), 0, -1):
+        scaled = [first]
+        for start in starts[1:]:
+            scaled.append(max(scaled[-1] + 1, round(first * start / starts[0])))
+        if scaled[-1] >= budget.layers:
+            continue
+        lists = [[max(1, round(most * share / shares[0])) for share in shares] for most in range(1, budget.visual)]
+        errors = [abs(budget.mean(scaled, rows(budget.visual, counts)) - budget.tokens) for counts in lists]
+        nearest = errors.index(min(errors))
+        if errors[nearest] <= 1:
+            factor = lists[nearest][0] / (shares[0] * budget.visual)
+            fitting.append((abs(log(factor)), scaled, lists[nearest]))
+    if not fitting:
+        raise UserError(
+            f"{budget.tokens} of {budget.visual} tokens a layer cannot be had in {len(starts)} stages of a decoder of "
+            f"{budget.layers} layers"
+        )
+    _, scaled, counts = min(fitting)
+    return scaled, counts
+
+
+def _pyramiddrop(budget: Budget) -> dict[str, Any]:
+    starts, counts = _stages(budget, (8, 16, 24), (0.5, 0.25, 0.125))
+    return {"layers": starts, "keep": [budget.share(count + 0.5) for count in counts]}  # + 0.5: it truncates
+
+
+def _sparsevlm(budget: Budget) -> dict[str, Any]:
+    shares = (0.521, 0.347, 0.191)  # the published 300, 200 and 110 of what they were published for
+    starts, counts = _stages(budget, (3, 7, 16), shares, _with_merged)
+    return {"layers": [start - 1 for start in starts], "keep": [budget.share(count) for count in counts]}
+
+
+def _with_merged(visual: int, counts: Sequence[int]) -> list[int]:
+    """Rows of SparseVLM: of those that do not stay, 30 % are merged, ten into one."""
+    rows: list[int] = []
+    there = visual
+    for count in counts:
+        count = min(count, there - 1)
+        there = count + (int(0.3 * (there - count)) + 1) // 10 + 1
+        rows.append(there)
+    return rows
+
+
+def _visionzip(budget: Budget) -> dict[str, Any]:
+    contextual = round(budget.tokens * 10 / 64)  # published: 54 and 10
+    return {"dominant": budget.tokens - contextual, "contextual": contextual}
+
+
+def _pool(budget: Budget) -> dict[str, Any]:
+    sizes = {factor: Pool(factor).blocks(budget.visual).max() + 1 for factor in range(2, isqrt(budget.visual) + 2)}
+    return {"factor": min(sizes, key=lambda factor: abs(sizes[factor] - budget.tokens))}
+
+
+def _vtw(budget: Budget) -> dict[str, Any]:
+    return {"layer": min(max(round(budget.tokens * budget.layers / budget.visual), 1), budget.layers - 1)}
+
+
+RULES: dict[str, Callable[[Budget], dict[str, Any]]] = {
+    "fastv": _fastv,
+    "pyramiddrop": _pyramiddrop,
+    "sparsevlm": _sparsevlm,
+    "dart": _dart,
+    "visionzip": _visionzip,
+    **dict.fromkeys(("vispruner", "scope", "holov", "cdpruner", "divprune", "random", "stride"), _before_decoder),
+    "pool": _pool,
+    "vtw": _vtw,
+}
+"""Methods whose knobs follow from the budget. `pool` and `vtw` come as near as a whole factor, a whole layer allows."""
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Refuse names that `--method` does not take, before anything is read.
+
+    Raises:
+        PruningConfigError: no such method; the nearest name is suggested.
+        UserError: a method that no number of tokens a layer settles.
+    """
+    for name in names:
+        if name not in RULES and name != VisiPruner.name:
+            method_named(name)
+            raise UserError(
+                f"--method {name}: no number of tokens a layer settles its knobs; give them by --config. "
+                f"--method takes {', '.join(sorted({*RULES, VisiPruner.name} & METHODS.keys()))}"
+            )
+
+
+def method_for(name: str, budget: Budget) -> Method:
+    """The method of that name in `RULES` with knobs that meet the budget.
+
+    Raises:
+        UserError: it cannot be met.
+    """
+    return Method.from_any({"method": name, **RULES[name](budget)})
+
+
+def tokens_a_layer(answer: Answer) -> float:
+    """Visual rows a layer that this answer's prefill processed."""
+    text = answer.prompt_rows - answer.visual_tokens
+    return sum(rows - text for rows in answer.rows_per_layer) / len(answer.rows_per_layer)
+
+
+def visipruner_for(tokens: int, config: Method, ask: Callable[[Method], Sequence[Answer]]) -> Method:
+    """VisiPruner with the `tokens_threshold` that comes nearest to a budget on some prompts.
+
+    Args:
+        tokens: visual tokens a layer that are asked for.
+        config: the other knobs, the model's own.
+        ask: answers to these prompts under a method.
+
+    Raises:
+        UserError: no middle stage, or no threshold comes near.
+    """
+    if not isinstance(config, VisiPruner) or not config.middle:
+        raise UserError("the model's own config is none of VisiPruner with a middle stage; give its knobs by --config")
+    norms = sorted(
+        float(norm)
+        for answer in ask(config)
+        if answer.trace is not None and answer.trace.selection_norm is not None
+        for norm in answer.trace.selection_norm
+        if norm > 0
+    )
+    tried: dict[float, Method] = {}
+    low, high = 0, len(norms) - 1
+    while low <= high and len(tried) < 10:
+        middle = (low + high) // 2
+        method = replace(config, tokens_threshold=norms[middle])
+        answers = ask(method)
+        got = sum(map(tokens_a_layer, answers)) / len(answers)
+        tried[got] = method
+        if got > tokens:
+            low = middle + 1
+        else:
+            high = middle - 1
+    nearest = min(tried, key=lambda got: abs(got - tokens), default=None)
+    if nearest is None or abs(nearest - tokens) > max(1, 0.05 * tokens):
+        reached = "it selects nothing" if nearest is None else f"the nearest that it gives is {nearest:.1f}"
+        raise UserError(
+            f"no 'tokens_threshold' gives {tokens} tokens a layer with the model's other thresholds ({reached}); "
+            "give its knobs by --config"
+        )
+    return tried[nearest]
