@@ -724,3 +724,11 @@ def test_what_was_done_is_said_in_words() -> None:
         "kept 3 of 5 visual tokens, selected at layer 1; then kept 1 of 3 visual tokens, selected at layer 3",
     }
     assert LEAVE.rows.size == 0
+
+
+def test_layer_0_cannot_be_frozen_and_a_sink_at_once() -> None:
+    model, (rows, visual) = make_model(8), make_prompt("image first")
+    shallow = {"mode": ["shallow"], "shallow_mid_layer": 2}
+    chain = {"method": "chain", "steps": [shallow, {"method": "shortv", "frozen_layers": [0]}]}
+    with pytest.raises(UnsupportedCallError, match="leave layer 0 out of 'frozen_layers'"):
+        model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=chain)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from . import varlen
 from .decisions import Read, Treatment
+from .errors import UnsupportedCallError
 from .rows import Rows
 
 # Scores that are only needed for their log-sum-exp are computed this many at a time (float32: 16 MiB).
@@ -146,7 +147,10 @@ def attend_prompt(
     elif update:
         output = _read_sink(*own, scale, rows, read, tally)
     else:
-        raise NotImplementedError("a layer whose visual rows are frozen has no sinks")
+        raise UnsupportedCallError(
+            "layer 0 cannot freeze visual rows and collapse text's attention on them (shallow stage) at once; leave "
+            "layer 0 out of 'frozen_layers', or the shallow stage out of 'mode'"
+        )
     if rows.num_prompt < rows.count:
         # Draft tokens are decoded tokens: no treatment touches them.
         drafts = attend_behind(query[:, rows.num_prompt :], keys, values, scale, tally)
