@@ -19,7 +19,7 @@ class ByPicture(Method):
     """A method that looks at each picture by itself. The prompt gets shorter, so its rows are numbered anew."""
 
     needs_tower = True
-    renumbers = True
+    renumbers = True  # type: ignore[assignment]  # whatever its knobs
 
     def looks_behind(self, num_layers):
         return {BEFORE_DECODER}

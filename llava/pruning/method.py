@@ -43,9 +43,8 @@ def number_of(keep: int | float, there: int) -> int:
 def number_to_keep(keep: int | float, trace: PruningTrace) -> int:
     """Rows that a `Count` means for one prompt: a number an image, capped at what there is, or a share of all, rounded
     half to even."""
-    if isinstance(keep, float):
-        return round(trace.num_visual * keep)
-    return min(keep * max(len(trace.image_spans), 1), trace.num_visual)
+    images = 1 if isinstance(keep, float) else max(len(trace.image_spans), 1)
+    return number_of(keep * images, trace.num_visual)
 
 
 @dataclass(frozen=True)
@@ -57,18 +56,21 @@ class Method:
         needs_tower: whether it looks at what the vision tower made of the images (`View.pictures`).
         renumbers: whether rows are numbered anew after each decision, so that every layer counts the rows that it
             holds and decoded tokens follow them (what some published codes do). False: survivors keep their
-            positions, and decoding goes on at the length that rows were last numbered for.
+            positions, and decoding goes on at the length that rows were last numbered for. A knob `positions` says it.
         is_dense: whether nothing is ever pruned, so that the model's own kernels may run untouched.
 
     Raises:
         PruningConfigError: a value out of range.
     """
 
-    # Not annotated, so that they are no knobs; a subclass may make the last two properties.
+    # Not annotated, so that they are no knobs; a subclass may make the last one a property.
     name = ""
     needs_tower = False
-    renumbers = False
     is_dense = False
+
+    @property
+    def renumbers(self) -> bool:
+        return getattr(self, "positions", None) == "renumber"
 
     def __post_init__(self) -> None:
         self._check(None)
@@ -105,7 +107,7 @@ class Method:
             kind, value = field.metadata.get("kind"), getattr(self, field.name)
             if kind is not None and kind.drops and value is not None:
                 layers = value if isinstance(value, tuple) else (value,)
-                named.update(layer + getattr(kind, "behind", 0) - 1 for layer in layers)
+                named.update(layer + kind.behind - 1 for layer in layers)
         return {*self.looks_behind(num_layers), *named}
 
     def renumbers_behind(self, layer: int, num_layers: int) -> bool:

@@ -33,21 +33,19 @@ class Plan:
         method: decides; None: nothing is decided.
         treatments: what each layer does with the image.
         looks: layers behind which the method looks.
+        renumbers: whether it numbers rows anew.
     """
 
     method: Method | None
     treatments: Sequence[Treatment]
     looks: Collection[int]
+    renumbers: bool = False
 
     @classmethod
     def of(cls, method: Method | None, num_layers: int) -> Plan:
         if method is None:
             return cls(None, [Treatment()] * num_layers, ())
-        return cls(method, method.treatments(num_layers), method.looks_behind(num_layers))
-
-    @property
-    def renumbers(self) -> bool:
-        return self.method is not None and self.method.renumbers
+        return cls(method, method.treatments(num_layers), method.looks_behind(num_layers), method.renumbers)
 
     def renumbers_behind(self, layer: int) -> bool:
         return self.method is not None and self.method.renumbers_behind(layer, len(self.treatments))
@@ -117,9 +115,10 @@ class Prefill:
             self.position_ids = self.pack(position_ids[..., None])[..., 0] if position_ids is not None else None
         self._decide_behind(layer - 1, hidden)
         hidden = self._carry_out(layer - 1, hidden)
-        for sample in self.samples:
-            sample.trace.projection_flops += sum(picture.flops for picture in sample.pictures)
-            sample.pictures = ()  # read before the decoder only
+        if layer == 0:
+            for sample in self.samples:
+                sample.trace.projection_flops += sum(picture.flops for picture in sample.pictures)
+                sample.pictures = ()  # read before the decoder only
         kwargs["position_embeddings"] = self.position_embeddings
         kwargs["position_ids"] = self.position_ids
         kwargs["attention_mask"] = None

@@ -66,10 +66,6 @@ class CDPruner(Method):
             joint_space(self.clip)  # refused before work, if at all
         return self
 
-    @property
-    def renumbers(self):  # type: ignore[override]
-        return self.positions == "renumber"
-
     def looks_behind(self, num_layers):
         return {BEFORE_DECODER}
 

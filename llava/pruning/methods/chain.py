@@ -42,7 +42,7 @@ class Chain(Method):
         return any(step.needs_tower for step in self.steps)
 
     @property
-    def renumbers(self):  # type: ignore[override]
+    def renumbers(self):
         return any(step.renumbers for step in self.steps)
 
     @property

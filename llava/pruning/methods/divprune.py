@@ -29,10 +29,6 @@ class DivPrune(Method):
     keep: int | float = knob(Count(), 64)
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
-    @property
-    def renumbers(self):  # type: ignore[override]
-        return self.positions == "renumber"
-
     def looks_behind(self, num_layers):
         return {BEFORE_DECODER}
 

@@ -25,10 +25,6 @@ class PyramidDrop(Method):
     keep: tuple[int | float, ...] = (0.5, 0.25, 0.125)
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
-    @property
-    def renumbers(self):  # type: ignore[override]
-        return self.positions == "renumber"
-
     def looks_behind(self, num_layers):
         return {layer - 1 for layer in self.layers}
 

@@ -47,10 +47,6 @@ class SparseVLM(Method):
     scale: float = knob(Number(), 13.5)
     bias: float = knob(Number(above=-np.inf), 0.0)
 
-    @property
-    def renumbers(self):  # type: ignore[override]
-        return self.positions == "renumber"
-
     def looks_behind(self, num_layers):
         return {BEFORE_DECODER, *self.layers}
 
