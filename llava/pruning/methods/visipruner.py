@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..decisions import LEAVE, Keep, Read, Treatment
+from ..decisions import LEAVE, Keep, Read, Treatment, keep_best
 from ..errors import PruningConfigError
-from ..knobs import Choice, Integer, Layer, Number, Subset, check_first_layer, knob, refuse
-from ..method import Method, register
+from ..knobs import Choice, Count, Integer, Layer, Number, Subset, check_first_layer, knob, refuse
+from ..method import Method, number_to_keep, register
 from ..trace import PruningTrace
 from ..view import View
 
@@ -67,9 +67,17 @@ class VisiPruner(Method):
     exit_threshold: float = knob(Number(0, 1), 0.999)
     exit_patience: int = knob(Integer(1), 2)
     shallow_sink: str | None = knob(Choice(tuple(SINKS), optional=True), None)
+    probe_rows: str = knob(Choice(("last", "text")), "last")
+    relative: bool = knob(Choice((False, True)), False)
+    keep: int | float | None = knob(Count(), None)
 
     # Whether `mode` has the stage. Not annotated, so that they are no knobs.
     shallow = middle = deep = False
+
+    @property
+    def length(self) -> str:
+        """The measure (`shares.Shares`) that tells which visual rows stay."""
+        return "part" if self.relative else "norm"
 
     # -- the method ----------------------------------------------------------------------------------------------
 
@@ -89,7 +97,9 @@ class VisiPruner(Method):
         return {self.mid_deep_layer - 1}
 
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
-        return view.shares() if not view.trace.decisions or self.deep else None
+        if view.trace.decisions and not self.deep:
+            return None
+        return view.shares(view.text[view.num_prefix :] if self.probe_rows == "text" else None)
 
     def decide(self, layer: int, measured: Mapping[str, np.ndarray] | None, trace: PruningTrace) -> Keep | None:
         if measured is None:
@@ -98,7 +108,10 @@ class VisiPruner(Method):
         select_layer = trace.select_layer
         if select_layer is None:
             if (measured["cosine"] < self.layer_threshold).any():
-                return Keep(measured["norm"] > self.tokens_threshold)
+                lengths = measured[self.length]
+                if self.keep is not None:
+                    return keep_best(lengths, number_to_keep(self.keep, trace))
+                return Keep(lengths > self.tokens_threshold)
             return None
         behind = [smallest for at, smallest in trace.smallest_cosine.items() if at > select_layer]
         quiet_layers = sum(not smallest < self.exit_threshold for smallest in behind)
@@ -115,7 +128,7 @@ class VisiPruner(Method):
         needed = {
             "shallow_mid_layer": shallow or middle,
             "layer_threshold": middle,
-            "tokens_threshold": middle,
+            "tokens_threshold": middle and self.keep is None,
             "mid_deep_layer": deep and not middle,
         }
         missing = [key for key, is_needed in needed.items() if is_needed and getattr(self, key) is None]
