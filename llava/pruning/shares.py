@@ -97,7 +97,7 @@ def _measure(
     scale: float,
     asking: torch.Tensor | None = None,
 ) -> Shares:
-    """Shares in the output of each asking row, [asking, num_visual]. `asking`: their places; None: they see all rows."""
+    """Shares in the output of each asking row, [asking, num_visual]. `asking`: their places; None: they see all."""
     heads, _, head_dim = query.shape
     kv_heads = len(keys)
     query, output = query.float(), output.float()

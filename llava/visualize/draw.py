@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_rgb
+from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch as Frame
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from .lenses import Shares, TopTokens
 from .patches import PatchMap, Stay, View
 
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999"
 MAP = "cividis"
-GROUPS = (BLUE, "#CC79A7", GREEN, "#8C6D1F", SKY, "#5E3C99")
+GROUPS = (BLUE, "#CC79A7", GREEN, "#8C6D1F", SKY, "#5E3C99", "#444444")
 """Of merged patches, told apart from `ORANGE`."""
 
 
@@ -249,14 +249,14 @@ def draw_stays(
 
     Args:
         picture, patches: what the rows look at.
-        stays: what became of the patches, by the run's name. Its first line stands in bold.
+        stays: what became of the patches, by what stands above the panel; the first line in bold.
         title: of the figure.
         columns: panels side by side.
     """
     columns = min(columns, len(stays))
     lines = ceil(len(stays) / columns)
     side = 2.2
-    size = side * columns, lines * (side * picture.height / picture.width + 0.6) + 0.9
+    size = side * columns, lines * (side * picture.height / picture.width + 0.65) + 0.6
     figure = Figure(figsize=size, layout="constrained")
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes in panels:
@@ -264,16 +264,17 @@ def draw_stays(
     for axes, (name, stay) in zip(panels, stays.items(), strict=False):
         axes.imshow(overlay_stay(picture, patches, stay))
         head, _, rest = name.partition("\n")
+        rest = ", ".join(filter(None, [rest, f"{stay.without_patch} of no patch" if stay.without_patch else ""]))
         axes.set_title(rest, fontsize=8, pad=4, parse_math=False)
-        above = {"xytext": (0, 6 + 11 * len(rest.splitlines())), "textcoords": "offset points", "ha": "center"}
+        above = {"xytext": (0, 6 + 10 * len(rest.splitlines())), "textcoords": "offset points", "ha": "center"}
         axes.annotate(head, (0.5, 1), xycoords="axes fraction", fontsize=9, weight="bold", parse_math=False, **above)
     keys = [Frame(facecolor="white", edgecolor=ORANGE, linewidth=1.5, label="stays, a token of its own")]
     if any(stay.groups for stay in stays.values()):
-        label = "merged: one colour, one token"
+        label = "one token for several"
         keys.append(Frame(facecolor=_mixed(GROUPS[0], 0.5), edgecolor=GROUPS[0], linewidth=1.5, label=label))
     keys.append(Frame(facecolor="#dddddd", label="gone: the paler, the sooner"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title + "\n", fontsize=11)
     return figure
 
 
@@ -293,15 +294,15 @@ def overlay_stay(picture: Image.Image, patches: PatchMap, stay: Stay) -> Image.I
             mask.paste(255, boxes[row])
         tint = Image.blend(Image.new("RGB", bright.size, _mixed(colour, 0.3)), bright, 0.35)
         result.paste(tint, mask=mask)
-        result.paste(colour, mask=ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(5))))
+        inner = ImageOps.crop(ImageOps.expand(mask, 2).filter(ImageFilter.MinFilter(5)), 2)
+        result.paste(colour, mask=ImageChops.subtract(mask, inner))
     _frame(result, [(boxes[row], ORANGE) for row in np.flatnonzero(stay.chosen).tolist() if row in boxes])
     return result
 
 
-def _mixed(colour: str, share: float) -> tuple[int, int, int]:
-    """`share` of a colour, the rest white, as 8-bit RGB."""
-    red, green, blue = (round(255 * (1 - share + share * part)) for part in to_rgb(colour))
-    return red, green, blue
+def _mixed(colour: str, share: float) -> str:
+    """`share` of a colour, the rest white."""
+    return to_hex([1 - share + share * part for part in to_rgb(colour)])
 
 
 def draw_cosine_curve(

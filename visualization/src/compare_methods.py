@@ -1,20 +1,23 @@
 # %% [markdown]
 # # One question under twelve methods
 #
-# Every method keeps other patches, and keeps them for another part of the decoder. Here all have the same budget: the
-# average number of visual tokens that a layer processes (pooling has whole factors only and comes as near as it can).
-# `llava.eval.budgets` finds each method's knobs for it.
+# Every method keeps other patches, and for another part of the decoder. Here all have the same budget: the average
+# number of visual tokens that a layer processes. `llava.eval.budgets` finds the knobs for it; pooling has whole factors
+# only, and comes as near as they allow.
 #
-# **How to read a panel**: an orange frame is a patch that stays, a token of its own. Patches in one colour are one token
-# together (merged or averaged). The paler a patch, the sooner it left; white ones never reached the decoder. So a
-# method that chooses inside the decoder sees all patches for some layers and pays with fewer frames.
+# **How to read a panel**: a patch in an orange frame stays, a token of its own. Patches merged or averaged into one
+# token share a colour and a frame (colours repeat where there are many). The paler a patch, the sooner it left; those
+# that never reached the decoder are nearly white. A method that chooses inside the decoder has every patch for some
+# layers, and pays with fewer frames. ✓: the answer is that of the unpruned model.
 #
-# **What to look for**: who still has the text, and who can still read it. Having the patches is not enough: the text may
-# be read in layers that come before, or a patch may be left out that told where the letter ends.
+# **What to look for**: whose frames lie on the text, and who can read it. Frames on the text are not enough.
 #
-# One question is an example and no benchmark: [docs/methods.md](../docs/methods.md#on-the-shipped-model) has the same
-# methods on 1,090 questions. The figures come from the small model that ships with this project; change the parameter
-# cell to look at another on a GPU.
+# One question is an example and no benchmark. This one was taken because choosing matters here: neither random patches
+# nor pooled ones can answer it. On `scene_2.png`, VisiPruner misreads and random patches do not.
+# [docs/methods.md](../docs/methods.md#on-the-shipped-model) has the same methods on 1,090 questions.
+#
+# The figures below come from the small model that ships with this project. Change the parameter cell to look at another
+# on a GPU.
 
 # %% tags=["parameters"]
 from llava.constants import SHIPPED_MODEL_PATH
@@ -25,7 +28,8 @@ QUESTION = "What does the text in the image say?"
 ANOTHER_QUESTION = "What is the color of the cross?"
 CONFIG = None  # VisiPruner's config, whose tokens_threshold is found anew; None: the one recommended for the model
 TOKENS = 64  # visual tokens a layer
-METHODS = ["fastv", "dart", "pyramiddrop", "sparsevlm", "visionzip", "scope", "holov", "cdpruner", "divprune", "pool", "random"]
+METHODS = ["fastv", "dart", "pyramiddrop", "sparsevlm", "visionzip", "scope"]  # beside VisiPruner
+METHODS += ["holov", "cdpruner", "divprune", "pool", "random"]
 
 # %%
 # %matplotlib inline
@@ -34,27 +38,32 @@ import warnings
 warnings.filterwarnings("ignore", message="IProgress")  # a progress bar's, where Jupyter's widgets are not installed
 
 from llava.eval.budgets import Budget, method_for, tokens_a_layer, visipruner_for
-from llava.inference import LoadedModel, Turn, open_checkpoint
+from llava.inference import GenerationOptions, LoadedModel, Turn, open_checkpoint
 from llava.visualize import *
 from llava.visualize.draw import *
 
 chat = LoadedModel(open_checkpoint(MODEL))
 picture = chat.checkpoint.read_picture(PICTURE)
 
+options = GenerationOptions(max_new_tokens=32)
+
+
 # %%
 def compare(question):
     prompt = chat.checkpoint.encode([Turn(question, [picture])])
     budget = Budget(TOKENS, prompt.num_visual, chat.checkpoint.num_layers)
     own = chat.checkpoint.pruning_config(CONFIG)
-    configs = {"visipruner": visipruner_for(TOKENS, own, lambda config: [chat.answer(prompt, config)])}
+    configs = {"visipruner": visipruner_for(TOKENS, own, lambda config: [chat.answer(prompt, config, options)])}
     configs |= {name: method_for(name, budget) for name in METHODS}
 
-    answers = {name: chat.answer(prompt, config) for name, config in configs.items()}
-    names = [f"{name}\n“{answer.text}”\n{tokens_a_layer(answer):.0f} tokens a layer" for name, answer in answers.items()]
-    stays = dict(zip(names, (stay_of(answer.trace) for answer in answers.values())))
-    dense = chat.answer(prompt).text
+    dense, stays = chat.answer(prompt, None, options).text, {}
+    for name, config in configs.items():
+        answer = chat.answer(prompt, config, options)
+        mark, tokens = "✓" if answer.text == dense else "✗", tokens_a_layer(answer)
+        stays[f"{name} {mark}\n“{answer.text}”\n{tokens:.0f} tokens a layer"] = stay_of(answer.trace)
     (patches,) = patch_maps(chat.checkpoint, prompt)
-    return draw_stays(picture.image, patches, stays, f"{question} – without pruning: “{dense}”, {prompt.num_visual} tokens a layer")
+    title = f"{question}  Without pruning: “{dense}”, {prompt.num_visual} tokens a layer"
+    return draw_stays(picture.image, patches, stays, title)
 
 
 compare(QUESTION)
@@ -62,7 +71,8 @@ compare(QUESTION)
 # %% [markdown]
 # ## Another question about the same picture
 #
-# Methods that choose before the decoder by what the vision tower saw keep the very same patches, whatever is asked.
+# Methods that choose before the decoder keep the very same patches, whatever is asked (CDPruner too: with its published
+# relevance, from CLIP's text tower, it would not). Those inside the decoder follow the question.
 
 # %%
 compare(ANOTHER_QUESTION)
