@@ -46,13 +46,19 @@ class VisiPruner(Method):
         shallow_mid_layer: first layer after the shallow stage, 1 … L-1. Text rows read no image in layers
             below it; a selection may happen in layers strictly above it. Needed with shallow or middle.
         layer_threshold: cosine in (0, 1). Needed with middle.
-        tokens_threshold: norm > 0. Needed with middle.
+        tokens_threshold: norm > 0. Needed with middle, unless `keep` is given.
         mid_deep_layer: layer 1 … L-1 at whose input all visual rows leave. Needed with deep and no middle;
             with middle the exit is found from the data and this key is ignored (published configs carry it).
         exit_threshold: cosine in (0, 1). A layer where no kept token reaches below it is quiet.
         exit_patience: after this many quiet layers (counted cumulatively) the kept rows leave.
         shallow_sink: what layer 0 does with the text rows' image attention: `"first"` gives all of it to the
             first visual token, `"half"` drops the first half of the visual tokens. None: see `sink_for`.
+        probe_rows: ours. Whose outputs the middle and deep stages look at: `"last"`, the prompt's last row, as
+            published; `"text"`, all text rows behind the first image: of a token counts its largest share in any of
+            them, and its smallest cosine.
+        relative: ours. Whether a share's length is divided by its output's, `||c_i|| / ||o||`.
+        keep: ours. At the selecting layer, so many tokens of the longest shares stay instead of those above
+            `tokens_threshold`: a number an image, or a share of all.
 
     Raises:
         PruningConfigError: a missing, unknown or out-of-range key. Ranges that depend on the number of layers
@@ -131,6 +137,11 @@ class VisiPruner(Method):
             "tokens_threshold": middle and self.keep is None,
             "mid_deep_layer": deep and not middle,
         }
+        if self.keep is not None and self.tokens_threshold is not None:
+            raise PruningConfigError(
+                f"pruning config: 'keep' ({self.keep}) and 'tokens_threshold' ({self.tokens_threshold}) both say which "
+                "tokens stay; leave one out"
+            )
         missing = [key for key, is_needed in needed.items() if is_needed and getattr(self, key) is None]
         if missing:
             raise PruningConfigError(
