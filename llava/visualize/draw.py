@@ -302,7 +302,8 @@ def overlay_stay(picture: Image.Image, patches: PatchMap, stay: Stay) -> Image.I
 
 def _mixed(colour: str, share: float) -> str:
     """`share` of a colour, the rest white."""
-    return to_hex([1 - share + share * part for part in to_rgb(colour)])
+    red, green, blue = (1 - share + share * part for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def draw_cosine_curve(

@@ -201,7 +201,8 @@ def stay_of(trace: PruningTrace) -> Stay:
     chosen = np.zeros(visual, dtype=bool)
     chosen[[row[0] for row in last if len(row) == 1]] = True
     groups = [np.sort(row) for row in last if len(row) > 1]
-    return Stay(*counts / num_layers, chosen, groups, sum(not len(row) for row in last))
+    alone, merged = counts / num_layers
+    return Stay(alone, merged, chosen, groups, sum(not len(row) for row in last))
 
 
 def kept_in_words(kept: np.ndarray) -> str:

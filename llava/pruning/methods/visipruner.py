@@ -20,6 +20,9 @@ from ..view import View
 STAGES = ("shallow", "middle", "deep")
 SINKS = {"first": Read.FIRST_SINK, "half": Read.HALF_SINK}
 
+# Knobs that the paper does not have, and the values with which they do nothing.
+OURS = {"probe_rows": "last", "relative": False}
+
 # The shallow stage of LLaVA-1.5-7B (arXiv 2510.17205).
 PUBLISHED_BOUNDARY, PUBLISHED_LAYERS = 6, 32
 
@@ -156,6 +159,10 @@ class VisiPruner(Method):
                 "the exit layer is found from the data",
                 stacklevel=4,
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it would be written in JSON, as published where no knob of ours is set."""
+        return {key: value for key, value in super().to_dict().items() if OURS.get(key, ...) != value}
 
     @property
     def is_dense(self) -> bool:  # type: ignore[override]
