@@ -124,6 +124,14 @@ def test_the_published_key_without_effect_is_accepted_with_one_warning() -> None
     assert len(caught) == 1
 
 
+def test_knobs_beyond_the_paper_are_written_where_they_are_set() -> None:
+    ours = {"probe_rows": "text", "relative": True, "keep": 10}
+    config = PruningConfig.from_any({key: PUBLISHED[key] for key in PUBLISHED if key != "tokens_threshold"} | ours)
+    assert ours.items() <= config.to_dict().items() and "tokens_threshold" not in config.to_dict()
+    assert PruningConfig.from_any(json.dumps(config.to_dict())) == config
+    assert not ours.keys() & PruningConfig.from_any(PUBLISHED | {"probe_rows": "last"}).to_dict().keys()
+
+
 def test_whole_numbers_are_numbers() -> None:
     assert PruningConfig.from_any(PUBLISHED | {"tokens_threshold": 1}).tokens_threshold == 1
 
