@@ -135,23 +135,59 @@ AttentionInterface.register("zeroing_reference", _zeroing_attention)
 AttentionMaskInterface.register("zeroing_reference", lambda *args, **kwargs: None)
 
 
+_noted: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _noting_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Eager attention that notes the weights and the values of every layer of a prefill."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    weights = torch.softmax(query @ key.transpose(2, 3) * scaling + attention_mask, dim=-1)
+    if query.shape[2] > 1:
+        _noted[module.layer_idx] = weights, value
+    return (weights @ value).transpose(1, 2), weights
+
+
+AttentionInterface.register("noting_reference", _noting_attention)
+AttentionMaskInterface.register("noting_reference", lambda *args, **kwargs: None)
+
+
+@contextmanager
+def _attending(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Let the model's decoder attend by a registered implementation."""
+    decoder = model.get_decoder()
+    configs = {id(c): c for c in (decoder.config, *(layer.self_attn.config for layer in decoder.layers))}
+    before = [(c, c._attn_implementation) for c in configs.values()]
+    for c in configs.values():
+        c._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        for c, name in before:
+            c._attn_implementation = name
+
+
+@contextmanager
+def attention_noted(model: nn.Module) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Layer -> weights [batch, heads, rows, rows] and values [batch, heads, rows, head_dim] of a prefill inside."""
+    with _attending(model, "noting_reference"):
+        try:
+            yield _noted
+        finally:
+            _noted.clear()
+
+
 @contextmanager
 def shallow_zeroed(
     model: nn.Module, config: PruningConfig, hidden: Sequence[Hidden], copies: int = 1
 ) -> Iterator[None]:
     """Let the model's decoder attend eagerly, as the published code does in the shallow stage."""
-    decoder = model.get_decoder()
-    configs = {id(c): c for c in (decoder.config, *(layer.self_attn.config for layer in decoder.layers))}
-    before = [(c, c._attn_implementation) for c in configs.values()]
-    for c in configs.values():
-        c._attn_implementation = "zeroing_reference"
     _shallow.update(config=config, hidden=[prompt for prompt in hidden for _ in range(copies)])
-    try:
-        yield
-    finally:
-        _shallow.clear()
-        for c, name in before:
-            c._attn_implementation = name
+    with _attending(model, "zeroing_reference"):
+        try:
+            yield
+        finally:
+            _shallow.clear()
 
 
 @dataclass(frozen=True)
@@ -161,6 +197,7 @@ class Recorder(Method):
     shares: dict[int, dict]
     first: int
     shallow: Method = Method()  # noqa: RUF009 (frozen)
+    probe_rows: str = "last"
 
     def treatments(self, num_layers):
         return self.shallow.treatments(num_layers)
@@ -169,7 +206,7 @@ class Recorder(Method):
         return range(self.first, num_layers)
 
     def measure(self, view):
-        return view.shares()
+        return view.shares(view.text[view.num_prefix :] if self.probe_rows == "text" else None)
 
     def decide(self, layer, measured, trace):
         if measured is not None:

@@ -82,16 +82,28 @@ def naive_generate(
             heads = weights @ value  # [heads, rows, head_dim]
 
             if step == 0 and "middle" in mode and visual.any() and number > sml:
-                last = num_prompt - 1
                 here = (visual & result.present[number]).nonzero().flatten()
-                output = heads[:, last].flatten()
-                shares = (weights[:, last, here, None] * value[:, here]).transpose(0, 1).flatten(1)
-                cosine = torch.cosine_similarity(output - shares, output[None], dim=-1)
-                norm = shares.norm(dim=-1)
+                asking = [num_prompt - 1]
+                if config.get("probe_rows") == "text":
+                    asking = [row for row in range(int(visual.nonzero()[0]), num_prompt) if not visual[row]]
+                measured = []
+                for row in asking:
+                    output = heads[:, row].flatten()
+                    shares = (weights[:, row, here, None] * value[:, here]).transpose(0, 1).flatten(1)
+                    cosines = torch.cosine_similarity(output - shares, output[None], dim=-1)
+                    lengths = shares.norm(dim=-1) / (output.norm() if config.get("relative") else 1)
+                    measured.append((cosines, lengths))
+                cosine = torch.stack([cosines for cosines, _ in measured]).amin(0)
+                norm = torch.stack([lengths for _, lengths in measured]).amax(0)
                 if result.select_layer is None:
                     if (cosine < config["layer_threshold"]).any():
                         result.select_layer = number
-                        keep = norm > config["tokens_threshold"]
+                        if "keep" in config:
+                            keep = torch.zeros(len(here), dtype=torch.bool)
+                            images = int((visual & ~visual.roll(1)).sum())
+                            keep[norm.argsort(descending=True, stable=True)[: config["keep"] * images]] = True
+                        else:
+                            keep = norm > config["tokens_threshold"]
                         result.kept = here[keep].tolist()
                         result.present[number + 1 :, here[~keep]] = False
                 elif "deep" in mode and len(here):

@@ -10,7 +10,7 @@ from naive import shallow_edit
 from llava.pruning import Read, Treatment, attention
 from llava.pruning.attention import Tally, attend_behind, attend_prompt, attend_with_lse, score_lse
 from llava.pruning.rows import Rows
-from llava.pruning.shares import measure_visual_shares
+from llava.pruning.shares import measure_largest_shares, measure_visual_shares
 
 HEADS, DIM, SCALE = 6, 16, 0.25
 MASKS = {
@@ -115,6 +115,33 @@ def test_the_probe_equals_shares_taken_one_by_one(qkv, mask, dtype) -> None:
     torch.testing.assert_close(1 - probe.cosine, 1 - cosine, atol=1e-6, rtol=tolerance)
     torch.testing.assert_close(probe.norm, shares.norm(dim=-1), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(probe.attention, weights[:, 0, visual].mean(0), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 2**24], ids=["row by row", "at once"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_of_several_rows_each_measure_takes_the_row_to_which_a_token_matters_most(qkv, mask, most, monkeypatch) -> None:
+    monkeypatch.setattr("llava.pruning.shares.MOST_SCORES", most)
+    rows = rows_of(mask)
+    query, keys, values = qkv(rows.count)
+    expanded = values.repeat_interleave(HEADS // len(values), 0)
+    output = weights_of(query, keys).softmax(-1) @ expanded
+    asking = torch.as_tensor([row for row in rows.text if row > rows.visual[0]])
+    visual = rows.visual_index(query.device)
+    alone = []
+    for row in asking.tolist():
+        ahead = torch.as_tensor([place for place in rows.visual if place < row])
+        upto = slice(0, row + 1)
+        own = measure_visual_shares(query[:, row], keys[:, upto], values[:, upto], output[:, row], ahead, SCALE)
+        unseen = len(rows.visual) - len(ahead)
+        alone.append(
+            [torch.nn.functional.pad(part, (0, unseen), value=0 if n else torch.inf) for n, part in enumerate(own)]
+        )
+    probe = measure_largest_shares(query[:, asking], keys, values, output[:, asking], visual, SCALE, asking)
+    for measured, rows_alone, largest in zip(
+        probe, zip(*alone, strict=True), (torch.amin, *[torch.amax] * 3), strict=True
+    ):
+        torch.testing.assert_close(measured, largest(torch.stack(rows_alone), 0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(probe.part.isfinite(), torch.ones(len(rows.visual), dtype=torch.bool))
 
 
 def test_dropping_rows_keeps_order_positions_and_runs() -> None:

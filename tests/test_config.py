@@ -38,6 +38,10 @@ def test_the_published_config_reads_and_writes_back() -> None:
         ({"layer_threshold": 0}, ["layer_threshold", "0"]),
         ({"layer_threshold": "0.9"}, ["layer_threshold", "'0.9'"]),
         ({"layer_threshold": float("nan")}, ["layer_threshold", "nan"]),
+        ({"probe_rows": "all"}, ["probe_rows", "'all'", "last", "text"]),
+        ({"relative": "yes"}, ["relative", "'yes'"]),
+        ({"keep": 10}, ["'keep' (10) and 'tokens_threshold' (0.2)", "leave one out"]),
+        ({"keep": 1.5, "tokens_threshold": None}, ["'keep' is 1.5", "between 0 and 1"]),
         ({"tokens_threshold": 0}, ["tokens_threshold", "0"]),
         ({"tokens_threshold": -0.2}, ["tokens_threshold", "-0.2"]),
         ({"tokens_threshold": float("inf")}, ["tokens_threshold", "inf"]),
@@ -118,6 +122,14 @@ def test_the_published_key_without_effect_is_accepted_with_one_warning() -> None
     with pytest.warns(UserWarning, match="mid_deep_layer") as caught:
         PruningConfig.from_any(PUBLISHED | {"mid_deep_layer": 24})
     assert len(caught) == 1
+
+
+def test_knobs_beyond_the_paper_are_written_where_they_are_set() -> None:
+    ours = {"probe_rows": "text", "relative": True, "keep": 10}
+    config = PruningConfig.from_any({key: PUBLISHED[key] for key in PUBLISHED if key != "tokens_threshold"} | ours)
+    assert ours.items() <= config.to_dict().items() and "tokens_threshold" not in config.to_dict()
+    assert PruningConfig.from_any(json.dumps(config.to_dict())) == config
+    assert not ours.keys() & PruningConfig.from_any(PUBLISHED | {"probe_rows": "last"}).to_dict().keys()
 
 
 def test_whole_numbers_are_numbers() -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip("matplotlib")
 
-from llava.visualize import PatchMap, Shares, TopTokens, draw
+from llava.visualize import PatchMap, Shares, Stay, TopTokens, draw
 
 PICTURE = Image.new("RGB", (40, 20), (10, 200, 10))
 # Eight patches of ten pixels, and one row that shows nothing.
@@ -39,6 +39,32 @@ def test_kept_patches_stay_bright_and_the_rest_pales():
     assert min(result.getpixel((round(5 * scale), round(5 * scale)))) > 150
     outline = result.getpixel((round(10 * scale), round(15 * scale)))
     assert "#{:02x}{:02x}{:02x}".format(*outline).upper() == draw.ORANGE
+
+
+def test_a_patch_is_the_paler_the_sooner_it_left_and_merged_ones_share_a_frame():
+    alone = np.array([1, 0.5, 0, 0, 0, 0, 0.5, 0, 0])
+    merged = np.array([0, 0, 1, 1, 0, 0, 0, 1, 0])
+    stay = Stay(alone, merged, alone == 1, [np.array([2, 3, 7])], 1)
+    result = draw.overlay_stay(PICTURE, PATCHES, stay)
+    scale = result.width / 40
+
+    def at(x, y):
+        return result.getpixel((round(x * scale), round(y * scale)))
+
+    def name(colour):
+        return "#{:02x}{:02x}{:02x}".format(*colour).upper()
+
+    assert at(5, 5) == (10, 200, 10) and name(at(0, 5)) == draw.ORANGE
+    assert at(5, 5)[0] < at(15, 5)[0] < at(5, 15)[0]
+    assert at(15, 5) == at(25, 15)
+    assert at(25, 5) == at(35, 5) == at(35, 15) != at(25, 15)
+    # Around the three together, and not between them.
+    assert name(at(20.1, 5)) == name(at(39.9, 15)) == draw.GROUPS[0]
+    assert at(30, 5) == at(35, 10) == at(25, 5)
+    figure = draw.draw_stays(PICTURE, PATCHES, {"$one$\nanswer": stay, "two": stay}, "title")
+    assert [axes.get_title() for axes in figure.axes] == ["answer, 1 of no patch", "1 of no patch"]
+    assert [axes.texts[0].get_text() for axes in figure.axes] == ["$one$", "two"]
+    figure.canvas.draw()
 
 
 def test_tables_show_texts_and_leave_out_what_is_not_there():

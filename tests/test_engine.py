@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from family_reference import Hidden, Recorder, masks_hide
+from family_reference import Hidden, Recorder, between, masks_hide
 from naive import NaiveResult, naive_generate
 from transformers import DynamicCache, StaticCache
 
@@ -193,6 +193,59 @@ def test_equals_the_unpatched_model_whose_masks_hide_the_pruned_rows(mode, beams
     assert pruned.sequences.tolist() == masked.sequences.tolist()
     for mine, its in zip(pruned.logits, masked.logits, strict=True):
         torch.testing.assert_close(mine, its, atol=1e-4, rtol=0)
+
+
+# -- VisiPruner's knobs beyond the paper ------------------------------------------------------------------------------
+
+KNOBS = {
+    "text": {"probe_rows": "text"},
+    "relative": {"relative": True},
+    "text, relative": {"probe_rows": "text", "relative": True},
+    "keep": {"keep": 5},
+    "text, relative, keep": {"probe_rows": "text", "relative": True, "keep": 5},
+}
+
+
+def own_config(model, rows, visual, knobs: dict, mode: list[str]) -> dict:
+    """As `make_config`, with the thresholds that these knobs need."""
+    config = make_config(model, rows, visual, mode) | knobs
+    recorder = Recorder({}, 3, PruningConfig(mode=()), knobs.get("probe_rows", "last"))
+    with torch.no_grad(), prune(model, recorder, visual_mask=visual[None]):
+        model(inputs_embeds=rows[None])
+    shares = recorder.shares[3]
+    config["layer_threshold"] = min(float(shares["cosine"].min()) + 1e-3, 0.9999)
+    config["tokens_threshold"] = between(shares["part" if knobs.get("relative") else "norm"])
+    if "keep" in knobs:
+        del config["tokens_threshold"]
+    if "deep" in mode:
+        config["exit_threshold"] = 0.001
+    return config
+
+
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_own_knobs_equal_the_naive_method(layout, knobs, kv_heads) -> None:
+    model = make_model(kv_heads)
+    rows, visual = make_prompt(layout)
+    config = own_config(model, rows, visual, knobs, ["middle", "deep"])
+    naive = naive_generate(model, rows, visual, config, "first", NEW)
+    assert 0 < len(naive.kept) < int(visual.sum()) and naive.exit_layer is not None
+    output, trace = run_engine(model, rows, visual, config)
+    assert_equal_runs(output, trace, naive, 1e-4)
+    assert "keep" not in knobs or trace.num_kept == knobs["keep"] * len(trace.image_spans)
+
+
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=KNOBS)
+@torch.no_grad()
+def test_own_knobs_decide_in_a_batch_as_alone(knobs, kv_heads) -> None:
+    model = make_model(kv_heads)
+    prompts = [make_prompt(layout, seed=seed) for seed, layout in enumerate(BATCH)]
+    config = own_config(model, *prompts[0], knobs, ["middle", "deep"])
+    output = model.generate(**left_padded(prompts), pruning_config=config, **GREEDY)
+    for number, (rows, visual) in enumerate(prompts):
+        naive = naive_generate(model, rows, visual, config, "first", NEW)
+        assert_equal_runs(output, model.last_pruning_traces[number], naive, 1e-4, number)
 
 
 # -- generation modes ---------------------------------------------------------------------------------------------

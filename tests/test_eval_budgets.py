@@ -92,8 +92,11 @@ def test_budgets_that_cannot_be_had_are_named_and_left_out(compared, bench, tmp_
     assert len(read_lines(tmp_path / "out" / "questions" / "divprune-8" / "answers.jsonl")) == 3
 
 
-def test_visipruner_by_its_threshold(compared, bench, tmp_path):
-    config = {"mode": ["middle"], "shallow_mid_layer": 1, "layer_threshold": 0.9999, "tokens_threshold": 0.3}
+@pytest.mark.parametrize(
+    "knobs", [{"tokens_threshold": 0.3}, {"keep": 3, "relative": True, "probe_rows": "text"}], ids=str
+)
+def test_visipruner_by_its_threshold(compared, bench, tmp_path, knobs):
+    config = {"mode": ["middle"], "shallow_mid_layer": 1, "layer_threshold": 0.9999, **knobs}
     (compared[0] / "pruning_config.json").write_text(json.dumps(config))
     try:
         assert main(_argv(compared[0], bench, tmp_path / "out", "--method", "visipruner", "--tokens", "40,2")) == 0
@@ -102,7 +105,10 @@ def test_visipruner_by_its_threshold(compared, bench, tmp_path):
     result = _result(tmp_path / "out")
     run = result["runs"]["visipruner-40"]
     assert abs(run["tokens_a_layer"]["measured"] - 40) <= 2
-    assert {**run["config"], "tokens_threshold": 0.3}.items() >= config.items()
+    assert run["config"].pop("tokens_threshold") > 0
+    assert (
+        run["config"].items() >= {key: config[key] for key in config if key not in ("tokens_threshold", "keep")}.items()
+    )
     assert "no 'tokens_threshold' gives 2 tokens" in result["left_out"]["visipruner-2"]
 
 

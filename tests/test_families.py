@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import FAMILIES, LAYERS, family_model
-from family_reference import GREEDY, Hidden, masks_hide, shallow_zeroed, thresholds_for
+from family_reference import (
+    GREEDY,
+    Hidden,
+    Recorder,
+    attention_noted,
+    between,
+    masks_hide,
+    shallow_zeroed,
+    thresholds_for,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationMixin
 
@@ -127,6 +136,53 @@ def test_pruned_generation_equals_a_full_length_run_that_hides_the_pruned_rows(n
     for each, prompt in zip(run.traces, hidden, strict=True):
         assert each.rows_per_layer == (prompt.num_rows - prompt.gone.sum(1)).tolist()
         assert each.visual_positions == prompt.visual.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("knobs", [{}, {"relative": True}, {"relative": True, "keep": 3}], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_probing_all_text_rows_equals_shares_formed_in_a_full_length_run(name, knobs) -> None:
+    """Two prompts, one padded: every share of every text row behind an image, from eager weights of the whole run."""
+    model, inputs = family_model(name), FAMILIES[name].inputs(TWO_IMAGES, ONE_IMAGE)
+    recorder = Recorder({}, SHALLOW_MID_LAYER + 1, probe_rows="text")
+    with prune(model, recorder), torch.no_grad():
+        model(**FAMILIES[name].inputs(TWO_IMAGES))
+    shares = recorder.shares[SHALLOW_MID_LAYER + 1]
+    config = {"mode": ["middle", "deep"], "shallow_mid_layer": SHALLOW_MID_LAYER, "probe_rows": "text", **knobs}
+    config["layer_threshold"] = (float(shares["cosine"].min()) + 1) / 2
+    config["exit_threshold"], config["exit_patience"] = 1e-6, 1
+    if "keep" not in knobs:
+        config["tokens_threshold"] = between(shares["part" if "relative" in knobs else "norm"])
+    with prune(model, config) as run:
+        pruned = model.generate(**inputs, max_new_tokens=NEW, **GREEDY)
+    assert run.traces[0].select_layer == SHALLOW_MID_LAYER + 1
+    assert 0 < run.traces[0].num_kept < run.traces[0].num_visual and run.traces[0].exit_layer is not None
+
+    hidden = hidden_rows(run.traces, inputs)
+    with masks_hide(model, hidden), attention_noted(model) as noted:
+        reference = model.generate(**inputs, max_new_tokens=NEW, **GREEDY)
+        assert_same_tokens_and_logits(pruned, reference)
+        for number, (prompt, trace) in enumerate(zip(hidden, run.traces, strict=True)):
+            for decision in trace.decisions:
+                weights, values = (part[number, :, prompt.padding :] for part in noted[decision.layer])
+                weights, there = weights[..., prompt.padding :], torch.as_tensor(decision.before)
+                formed = []
+                for row in range(trace.visual_positions[0], trace.num_rows):
+                    if not prompt.visual[row]:
+                        output = torch.einsum("hk,hkd->hd", weights[:, row], values).flatten()
+                        own = (weights[:, row, there, None] * values[:, there]).transpose(0, 1).flatten(1)
+                        cosine = torch.cosine_similarity(output - own, output[None], dim=-1)
+                        formed.append(torch.stack([1 - cosine, own.norm(dim=-1), own.norm(dim=-1) / output.norm()]))
+                turn, norm, part = torch.stack(formed).amax(0)
+                measured = decision.measured
+                torch.testing.assert_close(1 - torch.as_tensor(measured["cosine"]), turn, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(torch.as_tensor(measured["norm"]), norm, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(torch.as_tensor(measured["part"]), part, atol=1e-5, rtol=1e-4)
+                if decision.layer == trace.select_layer:
+                    lengths = part if "relative" in knobs else norm
+                    kept = lengths > config.get("tokens_threshold", 0)
+                    if "keep" in knobs:
+                        kept = lengths >= lengths.sort().values[-min(3 * len(trace.image_spans), len(lengths))]
+                    assert there[kept].tolist() == trace.kept_positions
 
 
 BEAMS = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": NEW, "do_sample": False}

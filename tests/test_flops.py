@@ -90,6 +90,16 @@ POLICIES = {
     "half": {"config": Schedule(2, 4, 5, 6, "half")},
     "shallow": {"config": {"mode": ["shallow"], "shallow_mid_layer": 3}},
     "deep": {"config": {"mode": ["deep"], "mid_deep_layer": 5}},
+    "text": {
+        "config": {
+            "mode": ["middle", "deep"],
+            "shallow_mid_layer": 2,
+            "layer_threshold": 0.999999,
+            "keep": 0.3,
+            "exit_threshold": 0.001,
+            "probe_rows": "text",
+        }
+    },
     "vtw": {"config": {"method": "vtw", "layer": 3}},
     "fastv": {"config": {"method": "fastv", "layer": 2, "keep": 0.3}},
     "dart": {"config": {"method": "dart", "layer": 2, "keep": 12, "image_pivots": 2, "text_pivots": 2}},

@@ -30,7 +30,7 @@ def shown(notebook):
 
 
 def test_all_notebooks_are_known_and_in_the_index():
-    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NAMES) and len(NAMES) == 5
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == sorted(NAMES) and len(NAMES) == 6
     index = (FOLDER / "README.md").read_text()
     for name in NAMES:
         assert f"({name}.ipynb)" in index

@@ -15,6 +15,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.shapes import Prompts, Schedule
 from benchmarks.variants import DENSE, EAGER, OURS_DENSE, PRUNED, SHALLOW, cache_bytes, make_variants
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.pruning import prune
 
 SIZES = {
     "hidden_size": 32,
@@ -163,6 +164,22 @@ def test_one_transfer_a_layer_until_the_last_decision_and_none_while_decoding(pa
             for _ in range(3):
                 model.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         assert decoding.by_layer == {}
+
+
+@pytest.mark.parametrize("parts", [[(8, 300, 12)], [(8, 300, 12), (4, 200, 6)]], ids=["one prompt", "ragged batch"])
+def test_probing_all_text_rows_takes_one_transfer_a_layer_and_no_tensor_of_rows_times_rows(parts):
+    model, prompt = decoder(), prompts(*parts)
+    config = {"mode": ["middle", "deep"], "shallow_mid_layer": 2, "layer_threshold": 0.999999, "keep": 4}
+    config |= {"exit_threshold": 1e-6, "probe_rows": "text"}
+    inputs = {"inputs_embeds": prompt.embeds, "attention_mask": prompt.attention_mask, "use_cache": True}
+    with prune(model, config, visual_mask=prompt.visual) as run:
+        with recorded(Transfers(model.model.layers)) as transfers:
+            model(**inputs)
+        with recorded(Operators()) as operators:
+            model(**inputs, logits_to_keep=1)
+    assert {(trace.select_layer, trace.exit_layer) for trace in run.traces} == {(3, 6)}
+    assert {layer: count for layer, count in transfers.by_layer.items() if layer >= 0} == {3: 1, 4: 1, 5: 1}
+    assert operators.largest < 320**2
 
 
 def test_the_transfer_counter_sees_the_published_way():

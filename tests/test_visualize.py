@@ -13,7 +13,8 @@ from visual_helpers import LAYERS, noise, word_tokenizer, write_checkpoint
 
 from llava.inference import GenerationOptions, LoadedModel, Turn, open_checkpoint
 from llava.mm_utils import process_images
-from llava.pruning import Read, prune
+from llava.pruning import Cause, PruningTrace, Read, prune
+from llava.pruning.trace import Decision
 from llava.utils import UserError
 from llava.visualize import (
     attention_shares,
@@ -24,6 +25,7 @@ from llava.visualize import (
     project,
     record,
     smallest_cosines,
+    stay_of,
     through_output_projection,
     token_probabilities,
     value_norms,
@@ -457,3 +459,57 @@ def test_half_of_all_visual_rows_is_hidden_even_from_text_between_pictures(model
         expected = real[0][position].view(4, -1).detach()
         np.testing.assert_allclose(recording.row(position).output[0], expected, atol=2e-5)
     assert Read.HALF_SINK.visible(8) == 4
+
+
+# --- what became of patches --------------------------------------------------------------------------------------
+
+
+def decided(layer, before, positions, groups=None, cause=Cause.SELECTION):
+    return Decision(layer, cause, np.array(positions, dtype=np.int64), groups or {}, {}, np.array(before))
+
+
+def test_patches_stay_as_long_as_their_rows_and_merged_ones_together():
+    trace = PruningTrace(
+        9,
+        [2, 3, 4, 5, 6, 7],
+        rows_per_layer=[9, 7, 6, 6, 3],
+        decisions=[
+            decided(0, [2, 3, 4, 5, 6, 7], [2, 4, 5, -1], {4: [4, 7]}),
+            decided(1, [2, 4, 5, -1], [2, 4, -1], {4: [4, 5]}),
+            decided(3, [2, 4, -1], [], cause=Cause.EXIT),
+        ],
+    )
+    stay = stay_of(trace)
+    np.testing.assert_allclose(stay.alone * 5, [4, 1, 1, 2, 1, 1])
+    np.testing.assert_allclose(stay.merged * 5, [0, 0, 3, 2, 0, 3])
+    assert stay.chosen.tolist() == [True, False, False, False, False, False]
+    assert [group.tolist() for group in stay.groups] == [[2, 3, 5]] and stay.without_patch == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "fastv", "layer": 2, "keep": 4},
+        {"method": "sparsevlm", "layers": [0, 2], "keep": [4, 2]},
+        {"method": "pool", "factor": 2},
+        CONFIGS["all-stages"],
+    ],
+    ids=lambda config: config.get("method", "visipruner"),
+)
+def test_rows_of_patches_are_all_the_rows_there_were(model, inputs, config):
+    with prune(model, config) as run:
+        model(**inputs)
+    (trace,) = run.traces
+    stay = stay_of(trace)
+    assert (stay.alone + stay.merged <= 1 + 1e-9).all() and stay.alone.max() > 0
+    alone = stay.alone.sum() * len(trace.rows_per_layer)
+    rows = sum(trace.rows_per_layer) - len(trace.rows_per_layer) * (trace.num_rows - trace.num_visual)
+    assert alone == pytest.approx(rows) if not stay.merged.any() else alone < rows
+    assert len(stay.groups) + stay.chosen.sum() == trace.num_kept
+
+
+def test_without_pruning_every_patch_stays(model, inputs):
+    with prune(model) as run:
+        model(**inputs)
+    stay = stay_of(run.traces[0])
+    assert (stay.alone == 1).all() and stay.chosen.all() and not stay.groups

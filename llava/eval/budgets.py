@@ -222,11 +222,13 @@ def visipruner_for(tokens: int, config: Method, ask: Callable[[Method], Sequence
     """
     if not isinstance(config, VisiPruner) or not config.middle:
         raise UserError("the model's own config is none of VisiPruner with a middle stage; give its knobs by --config")
+    # Any threshold does to see the lengths that it will be held against.
+    config = replace(config, keep=None, tokens_threshold=config.tokens_threshold or 1.0)
     norms = sorted(
         float(norm)
         for answer in ask(config)
-        if answer.trace is not None and answer.trace.selection_norm is not None
-        for norm in answer.trace.selection_norm
+        if answer.trace is not None and (lengths := answer.trace.selection_measure(config.length)) is not None
+        for norm in lengths
         if norm > 0
     )
     tried: dict[float, Method] = {}

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .attention import Tally
 from .rows import Rows
-from .shares import measure_visual_shares
+from .shares import measure_largest_shares, measure_visual_shares
 from .tower import Picture
 from .trace import PruningTrace
 from .varlen import to_device
@@ -149,15 +149,24 @@ class View:
         turned = apply_rotary_pos_emb(ones, ones[:, :0], cos, sin)[0][0, 0]  # [rows, head_dim]
         return self.product(turned[self._asking(rows)], turned[self.visual].T) * self.attended.scale
 
-    def shares(self) -> Mapping[str, torch.Tensor]:
-        """Each visual row's share of the last row's attention output in `layer` (`shares.Shares`)."""
+    def shares(self, rows: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
+        """Each visual row's share of an attention output in `layer` (`shares.Shares`).
+
+        Args:
+            rows: whose output, local indices, int64; of several, each visual row's largest share. None: the prompt's
+                last.
+        """
         query, keys, values, output, scale = self.attended
-        last, prompt = self.rows.num_prompt - 1, slice(0, self.rows.num_prompt)
-        self.tally.scores += query.shape[0] * self.rows.num_prompt
-        self.tally.values += query.shape[0] * len(self.rows.visual)
-        shares = measure_visual_shares(
-            query[:, last], keys[:, prompt], values[:, prompt], output[:, last], self.visual, scale
-        )
+        prompt = slice(0, self.rows.num_prompt)
+        keys, values = keys[:, prompt], values[:, prompt]
+        asking = 1 if rows is None else len(rows)
+        self.tally.scores += query.shape[0] * asking * self.rows.num_prompt
+        self.tally.values += query.shape[0] * asking * len(self.rows.visual)
+        if rows is None:
+            last = self.rows.num_prompt - 1
+            shares = measure_visual_shares(query[:, last], keys, values, output[:, last], self.visual, scale)
+        else:
+            shares = measure_largest_shares(query[:, rows], keys, values, output[:, rows], self.visual, scale, rows)
         return shares._asdict()
 
     # -- inside --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from .lenses import (
     value_output_lens,
 )
 from .observe import Observation, observe
-from .patches import PatchMap, patch_map, patch_maps
+from .patches import PatchMap, Stay, patch_map, patch_maps, stay_of
 from .record import Recording, RowRecord, record
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Recording",
     "RowRecord",
     "Shares",
+    "Stay",
     "TopTokens",
     "attention_shares",
     "attention_to_image",
@@ -40,6 +41,7 @@ __all__ = [
     "readable",
     "record",
     "smallest_cosines",
+    "stay_of",
     "through_output_projection",
     "token_probabilities",
     "top_tokens",

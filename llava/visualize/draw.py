@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch as Frame
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from .lenses import Shares, TopTokens
-from .patches import PatchMap, View
+from .patches import PatchMap, Stay, View
 
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999"
 MAP = "cividis"
+GROUPS = (BLUE, "#CC79A7", GREEN, "#8C6D1F", SKY, "#5E3C99", "#444444")
+"""Of merged patches, told apart from `ORANGE`."""
 
 
 def draw_top_tokens(top: TopTokens, title: str, rows: Sequence[str] | None = None) -> Figure:
@@ -203,23 +206,104 @@ def overlay_kept(picture: Image.Image, patches: PatchMap, kept: np.ndarray) -> I
 
     Patches of an anyres picture's two views are outlined in two colours.
     """
+    bright, boxes = _canvas(picture, patches)
+    result = Image.blend(bright, Image.new("RGB", bright.size, "white"), 0.65)
+    frames = []
+    for row in np.flatnonzero(np.asarray(kept, dtype=bool)).tolist():
+        if row in boxes:
+            result.paste(bright.crop(boxes[row]), boxes[row][:2])
+            frames.append((boxes[row], ORANGE if patches.views[row] == "whole" else BLUE))
+    _frame(result, frames)
+    return result
+
+
+def _canvas(picture: Image.Image, patches: PatchMap) -> tuple[Image.Image, dict[int, tuple[int, int, int, int]]]:
+    """The picture in a size to draw on, RGB, and each row's box on it; rows that show nothing of it are left out."""
     scale = min(1.0, 768 / max(picture.size))
     # Small pictures are enlarged, so that outlines do not hide them.
     scale = max(scale, 336 / max(picture.size))
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    bright = picture.convert("RGB").resize(size)
-    result = Image.blend(bright, Image.new("RGB", size, "white"), 0.65)
-    boxes = []
-    for row in np.flatnonzero(np.asarray(kept, dtype=bool) & patches.on_picture):
+    boxes = {}
+    for row in np.flatnonzero(patches.on_picture).tolist():
         left, top, right, bottom = patches.boxes[row] * scale
         box = max(0, round(left)), max(0, round(top)), min(size[0], round(right)), min(size[1], round(bottom))
         if box[2] > box[0] and box[3] > box[1]:
-            result.paste(bright.crop(box), box[:2])
-            boxes.append((box, ORANGE if patches.views[row] == "whole" else BLUE))
-    canvas = ImageDraw.Draw(result)
-    for (left, top, right, bottom), colour in boxes:
+            boxes[row] = box
+    return picture.convert("RGB").resize(size), boxes
+
+
+def _frame(image: Image.Image, frames: Sequence[tuple[tuple[int, int, int, int], str]]) -> None:
+    canvas = ImageDraw.Draw(image)
+    for (left, top, right, bottom), colour in frames:
         canvas.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
+
+
+def draw_stays(
+    picture: Image.Image,
+    patches: PatchMap,
+    stays: Mapping[str, Stay],
+    title: str,
+    columns: int = 4,
+) -> Figure:
+    """The picture once for each run, each patch the paler, the sooner it left.
+
+    Args:
+        picture, patches: what the rows look at.
+        stays: what became of the patches, by what stands above the panel; the first line in bold.
+        title: of the figure.
+        columns: panels side by side.
+    """
+    columns = min(columns, len(stays))
+    lines = ceil(len(stays) / columns)
+    side = 2.2
+    size = side * columns, lines * (side * picture.height / picture.width + 0.65) + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, (name, stay) in zip(panels, stays.items(), strict=False):
+        axes.imshow(overlay_stay(picture, patches, stay))
+        head, _, rest = name.partition("\n")
+        rest = ", ".join(filter(None, [rest, f"{stay.without_patch} of no patch" if stay.without_patch else ""]))
+        axes.set_title(rest, fontsize=8, pad=4, parse_math=False)
+        above = {"xytext": (0, 6 + 10 * len(rest.splitlines())), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(head, (0.5, 1), xycoords="axes fraction", fontsize=9, weight="bold", parse_math=False, **above)
+    keys = [Frame(facecolor="white", edgecolor=ORANGE, linewidth=1.5, label="stays, a token of its own")]
+    if any(stay.groups for stay in stays.values()):
+        label = "one token for several"
+        keys.append(Frame(facecolor=_mixed(GROUPS[0], 0.5), edgecolor=GROUPS[0], linewidth=1.5, label=label))
+    keys.append(Frame(facecolor="#dddddd", label="gone: the paler, the sooner"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
+    figure.suptitle(title + "\n", fontsize=11)
+    return figure
+
+
+def overlay_stay(picture: Image.Image, patches: PatchMap, stay: Stay) -> Image.Image:
+    """The picture, patches framed that stay as rows of their own, in colours those that rows of several stand for, and
+    the others the paler, the sooner they left. RGB, from 336 to 768 pixels a side."""
+    bright, boxes = _canvas(picture, patches)
+    result = Image.blend(Image.new("RGB", bright.size, "white"), bright, 0.12)
+    for row, box in boxes.items():
+        cell = bright.crop(box)
+        gone = Image.new("RGB", cell.size, "white")
+        result.paste(Image.blend(gone, cell, 0.12 + 0.88 * stay.alone[row]), box[:2])
+    for number, group in enumerate(stay.groups):
+        colour = GROUPS[number % len(GROUPS)]
+        mask = Image.new("L", bright.size)
+        for row in filter(boxes.__contains__, group.tolist()):
+            mask.paste(255, boxes[row])
+        tint = Image.blend(Image.new("RGB", bright.size, _mixed(colour, 0.3)), bright, 0.35)
+        result.paste(tint, mask=mask)
+        inner = ImageOps.crop(ImageOps.expand(mask, 2).filter(ImageFilter.MinFilter(5)), 2)
+        result.paste(colour, mask=ImageChops.subtract(mask, inner))
+    _frame(result, [(boxes[row], ORANGE) for row in np.flatnonzero(stay.chosen).tolist() if row in boxes])
     return result
+
+
+def _mixed(colour: str, share: float) -> str:
+    """`share` of a colour, the rest white."""
+    red, green, blue = (1 - share + share * part for part in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def draw_cosine_curve(

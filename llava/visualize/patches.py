@@ -28,7 +28,7 @@ from llava.mm_utils import (
     square_offset,
     unpadded_box,
 )
-from llava.pruning import PruningTrace
+from llava.pruning import Cause, PruningTrace
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as fractions of the picture's width and height; beyond 0 … 1 there is padding."""
@@ -156,6 +156,53 @@ def kept_rows(trace: PruningTrace) -> np.ndarray:
     if trace.num_kept == trace.num_visual:
         return np.full(trace.num_visual, True)
     return np.isin(trace.visual_positions, trace.kept_positions)
+
+
+@dataclass(frozen=True)
+class Stay:
+    """How long a prompt's patches stay in the decoder, and how. A patch is a visual row of the unpruned prompt.
+
+    Attributes:
+        alone: float64 [patches], the part of the layers in which a patch has a row to itself, 0 ... 1.
+        merged: likewise, the part in which one row stands for it and others.
+        chosen: bool [patches], those that have a row to themselves behind the last selection.
+        groups: [patches that one row stands for behind the last selection], for each such row, int64.
+        without_patch: rows behind the last selection that stand for no patch (a class token).
+    """
+
+    alone: np.ndarray
+    merged: np.ndarray
+    chosen: np.ndarray
+    groups: list[np.ndarray]
+    without_patch: int
+
+
+def stay_of(trace: PruningTrace) -> Stay:
+    """How long the patches of a prompt stayed, read off what was decided."""
+    num_layers, visual = len(trace.rows_per_layer), trace.num_visual
+    rows = [np.array([patch]) for patch in range(visual)]  # the patches that each row stands for
+    counts = np.zeros((2, visual))
+    last = rows
+    decisions = list(trace.decisions)
+    for layer in range(num_layers):
+        while decisions and decisions[0].layer < layer:
+            decision = decisions.pop(0)
+            before = dict(zip(decision.before.tolist(), rows, strict=True))
+            nothing = np.empty(0, dtype=np.int64)
+            rows = [
+                nothing
+                if position < 0
+                else np.concatenate([before[member] for member in decision.groups.get(position, [position])])
+                for position in decision.positions.tolist()
+            ]
+            last = last if decision.cause is Cause.EXIT else rows
+        for row in rows:
+            counts[int(len(row) > 1), row] += 1
+    chosen = np.zeros(visual, dtype=bool)
+    chosen[[row[0] for row in last if len(row) == 1]] = True
+    groups = [np.sort(row) for row in last if len(row) > 1]
+    alone, merged = counts / num_layers
+    return Stay(alone, merged, chosen, groups, sum(not len(row) for row in last))
 
 
 def kept_in_words(kept: np.ndarray) -> str:

@@ -99,7 +99,8 @@ def _run_facts(chat: LoadedModel, run: Observation) -> dict[str, Any]:
     curve = smallest_cosines(last)
     is_dense, is_known = config is None or config.is_dense, run.patches.is_known
     thresholds = {}
-    if isinstance(config, VisiPruner) and config.middle:
+    # The curve is the last row's.
+    if isinstance(config, VisiPruner) and config.middle and config.probe_rows == "last":
         thresholds["layer_threshold"] = config.layer_threshold
         if config.deep:
             thresholds["exit_threshold"] = config.exit_threshold

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..decisions import LEAVE, Keep, Read, Treatment
+from ..decisions import LEAVE, Keep, Read, Treatment, keep_best
 from ..errors import PruningConfigError
-from ..knobs import Choice, Integer, Layer, Number, Subset, check_first_layer, knob, refuse
-from ..method import Method, register
+from ..knobs import Choice, Count, Integer, Layer, Number, Subset, check_first_layer, knob, refuse
+from ..method import Method, number_to_keep, register
 from ..trace import PruningTrace
 from ..view import View
 
 STAGES = ("shallow", "middle", "deep")
 SINKS = {"first": Read.FIRST_SINK, "half": Read.HALF_SINK}
+
+# Knobs that the paper does not have, and the values with which they do nothing.
+OURS = {"probe_rows": "last", "relative": False}
 
 # The shallow stage of LLaVA-1.5-7B (arXiv 2510.17205).
 PUBLISHED_BOUNDARY, PUBLISHED_LAYERS = 6, 32
@@ -46,13 +49,19 @@ class VisiPruner(Method):
         shallow_mid_layer: first layer after the shallow stage, 1 … L-1. Text rows read no image in layers
             below it; a selection may happen in layers strictly above it. Needed with shallow or middle.
         layer_threshold: cosine in (0, 1). Needed with middle.
-        tokens_threshold: norm > 0. Needed with middle.
+        tokens_threshold: norm > 0. Needed with middle, unless `keep` is given.
         mid_deep_layer: layer 1 … L-1 at whose input all visual rows leave. Needed with deep and no middle;
             with middle the exit is found from the data and this key is ignored (published configs carry it).
         exit_threshold: cosine in (0, 1). A layer where no kept token reaches below it is quiet.
         exit_patience: after this many quiet layers (counted cumulatively) the kept rows leave.
         shallow_sink: what layer 0 does with the text rows' image attention: `"first"` gives all of it to the
             first visual token, `"half"` drops the first half of the visual tokens. None: see `sink_for`.
+        probe_rows: ours. Whose outputs the middle and deep stages look at: `"last"`, the prompt's last row, as
+            published; `"text"`, all text rows behind the first image: of a token counts its largest share in any of
+            them, and its smallest cosine.
+        relative: ours. Whether a share's length is divided by its output's, `||c_i|| / ||o||`.
+        keep: ours. At the selecting layer, so many tokens of the longest shares stay instead of those above
+            `tokens_threshold`: a number an image, or a share of all.
 
     Raises:
         PruningConfigError: a missing, unknown or out-of-range key. Ranges that depend on the number of layers
@@ -67,9 +76,17 @@ class VisiPruner(Method):
     exit_threshold: float = knob(Number(0, 1), 0.999)
     exit_patience: int = knob(Integer(1), 2)
     shallow_sink: str | None = knob(Choice(tuple(SINKS), optional=True), None)
+    probe_rows: str = knob(Choice(("last", "text")), "last")
+    relative: bool = knob(Choice((False, True)), False)
+    keep: int | float | None = knob(Count(), None)
 
     # Whether `mode` has the stage. Not annotated, so that they are no knobs.
     shallow = middle = deep = False
+
+    @property
+    def length(self) -> str:
+        """The measure (`shares.Shares`) that tells which visual rows stay."""
+        return "part" if self.relative else "norm"
 
     # -- the method ----------------------------------------------------------------------------------------------
 
@@ -89,7 +106,9 @@ class VisiPruner(Method):
         return {self.mid_deep_layer - 1}
 
     def measure(self, view: View) -> Mapping[str, torch.Tensor] | None:
-        return view.shares() if not view.trace.decisions or self.deep else None
+        if view.trace.decisions and not self.deep:
+            return None
+        return view.shares(view.text[view.num_prefix :] if self.probe_rows == "text" else None)
 
     def decide(self, layer: int, measured: Mapping[str, np.ndarray] | None, trace: PruningTrace) -> Keep | None:
         if measured is None:
@@ -98,7 +117,10 @@ class VisiPruner(Method):
         select_layer = trace.select_layer
         if select_layer is None:
             if (measured["cosine"] < self.layer_threshold).any():
-                return Keep(measured["norm"] > self.tokens_threshold)
+                lengths = measured[self.length]
+                if self.keep is not None:
+                    return keep_best(lengths, number_to_keep(self.keep, trace))
+                return Keep(lengths > self.tokens_threshold)
             return None
         behind = [smallest for at, smallest in trace.smallest_cosine.items() if at > select_layer]
         quiet_layers = sum(not smallest < self.exit_threshold for smallest in behind)
@@ -115,9 +137,14 @@ class VisiPruner(Method):
         needed = {
             "shallow_mid_layer": shallow or middle,
             "layer_threshold": middle,
-            "tokens_threshold": middle,
+            "tokens_threshold": middle and self.keep is None,
             "mid_deep_layer": deep and not middle,
         }
+        if self.keep is not None and self.tokens_threshold is not None:
+            raise PruningConfigError(
+                f"pruning config: 'keep' ({self.keep}) and 'tokens_threshold' ({self.tokens_threshold}) both say which "
+                "tokens stay; leave one out"
+            )
         missing = [key for key, is_needed in needed.items() if is_needed and getattr(self, key) is None]
         if missing:
             raise PruningConfigError(
@@ -132,6 +159,10 @@ class VisiPruner(Method):
                 "the exit layer is found from the data",
                 stacklevel=4,
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it would be written in JSON, as published where no knob of ours is set."""
+        return {key: value for key, value in super().to_dict().items() if OURS.get(key, ...) != value}
 
     @property
     def is_dense(self) -> bool:  # type: ignore[override]
