@@ -8,6 +8,7 @@ real run does. Cosines behind a drop were measured with all tokens there; a real
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class Candidate:
     method: Method
     saving: float
     unread: float | None = None
+
+
+def key_of(method: Method) -> str:
+    """A config as one line of JSON, to tell configs apart by."""
+    return json.dumps(method.to_dict(), sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -234,13 +240,13 @@ def token_candidates(name: str, recording: Recording, saving: Callable[[Method],
         UserError: the method does not fit the model at all; why.
     """
     visual = round(float(np.mean([len(each.visual) for each in recording.measures])))
-    found: dict[Method, Candidate] = {}
+    found: dict[str, Candidate] = {}
     why: UserError | None = None
     for share in _TOKEN_SHARES:
         try:
             method = method_for(name, Budget(max(1, round(share * visual)), visual, recording.shape.num_layers))
-            if method not in found:
-                found[method] = Candidate(method, saving(method))
+            if key_of(method) not in found:
+                found[key_of(method)] = Candidate(method, saving(method))
         except UserError as error:
             why = error
     if not found and why is not None:

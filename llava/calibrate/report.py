@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from llava.calibrate.candidates import Candidate
+from llava.calibrate.candidates import key_of
 from llava.calibrate.goal import Figure, Result
 from llava.calibrate.measure import contribution_order, withdrawal_layer
 from llava.calibrate.search import FLOOR, Calibration, Family
 from llava.eval.files import to_json
 from llava.eval.scoring import show
-from llava.pruning import Method, VisiPruner
+from llava.pruning import VisiPruner
 from llava.utils import write_whole
 
 VTW_ETA = 0.003
@@ -39,7 +39,7 @@ def plain(result: Result | None) -> dict[str, Any] | None:
 
 def family_dict(family: Family) -> dict[str, Any]:
     """A method's candidates, what they were expected to do and what they did."""
-    expected: dict[Method, Candidate] = {candidate.method: candidate for candidate in family.candidates}
+    expected = {key_of(candidate.method): candidate for candidate in family.candidates}
     return {
         "meets_the_goal": family.meets,
         "why_not_tried": family.why_not or None,
@@ -51,8 +51,8 @@ def family_dict(family: Family) -> dict[str, Any]:
             {
                 "config": result.method.to_dict(),
                 "predicted": {
-                    "saved": expected[result.method].saving,
-                    "unread": expected[result.method].unread,
+                    "saved": expected[key_of(result.method)].saving,
+                    "unread": expected[key_of(result.method)].unread,
                 },
                 "to_choose_on": plain(result),
             }

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llava.calibrate.candidates import key_of
 from llava.calibrate.goal import Figure, Result
 from llava.calibrate.measure import divergence
 from llava.eval.budgets import tokens_a_layer
@@ -67,7 +68,7 @@ class Runs:
 
     def result(self, method: Method, half: Sequence[int]) -> Result:
         """How `method` does on the prompts of these numbers."""
-        key = json.dumps(method.to_dict(), sort_keys=True)
+        key = key_of(method)
         known = self._known.setdefault(key, {})
         missing = [number for number in half if number not in known]
         for numbers in self._batches(missing):

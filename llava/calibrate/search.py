@@ -15,6 +15,7 @@ from llava.calibrate.candidates import (
     Recording,
     front,
     frozen_candidates,
+    key_of,
     near,
     spread,
     token_candidates,
@@ -147,7 +148,7 @@ def run_candidates(families: Sequence[Family], goal: Goal, runs: Runs, half: Seq
 def _between(family: Family, goal: Goal) -> list[Candidate]:
     """Candidates that save more than the best that meets the goal and less than the next that does not, or the other
     way round; where the goal is met everywhere or nowhere, beyond the last one run."""
-    run = {result.method for result in family.results}
+    run = {key_of(result.method) for result in family.results}
     results = sorted(family.results, key=lambda result: result.saved.mean)
     if not results:
         return []
@@ -160,7 +161,7 @@ def _between(family: Family, goal: Goal) -> list[Candidate]:
     else:
         high = min((result.saved.mean for result, met in order if met), default=1.0)
         low = max((result.saved.mean for result, met in order if not met and result.saved.mean < high), default=0.0)
-    left = [each for each in front(family.candidates) if low < each.saving < high and each.method not in run]
+    left = [each for each in front(family.candidates) if low < each.saving < high and key_of(each.method) not in run]
     return spread(left, _REFINED)
 
 
@@ -184,10 +185,10 @@ def check_held_out(families: Sequence[Family], goal: Goal, runs: Runs, half: Seq
 
 def winner(families: Sequence[Family], goal: Goal) -> Family | None:
     """The method to take, by the prompts that were chosen on; None: none meets the goal."""
-    of = {family.held_out.method: family for family in families if family.meets and family.held_out is not None}
-    results = [result for family in of.values() for result in family.results if result.method in of]
+    of = {key_of(family.held_out.method): family for family in families if family.meets and family.held_out is not None}
+    results = [result for family in of.values() for result in family.results if key_of(result.method) in of]
     ranked = goal.ranked(results)
-    return of[ranked[0].method] if ranked else None
+    return of[key_of(ranked[0].method)] if ranked else None
 
 
 @dataclass

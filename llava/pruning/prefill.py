@@ -351,6 +351,7 @@ class Prefill:
                 self._segments = varlen.Segments.of(self.counts, query.device)
             together = varlen.attend_packed(query[0], keys[0], values[0], self._segments, scale)
         outputs, start = [], 0
+        forks_next = any(fork.layer == layer + 1 for fork in self.forks)  # a copy's method may look behind this layer
         for sample, treatment in zip(self.samples, treatments, strict=True):
             rows, tally = sample.rows, Tally()
             segment = slice(start, start + rows.count)
@@ -365,7 +366,7 @@ class Prefill:
             sample.trace.score_pairs[layer] += tally.scores
             sample.trace.value_pairs[layer] += tally.values
             sample.trace.visual_rows_read.append(treatment.read.visible(len(rows.visual)))
-            if layer in sample.plan.looks and self._asks(sample):
+            if forks_next or (layer in sample.plan.looks and self._asks(sample)):
                 sample.attended = Attended(*own, output, scale)
         if together is not None:
             return together.transpose(0, 1)[None]
