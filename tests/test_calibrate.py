@@ -109,9 +109,7 @@ def test_the_sweep_predicts_the_shipped_models_runs_to_the_row(shipped: LoadedMo
     for candidate in candidates[:: len(candidates) // 8]:
         method = candidate.method
         assert isinstance(method, VisiPruner)
-        exact = VisiPruner.from_any(
-            {**method.to_dict(), "mode": [stage for stage in method.mode if stage != "deep"]}
-        )
+        exact = VisiPruner.from_any({**method.to_dict(), "mode": [stage for stage in method.mode if stage != "deep"]})
         for prompt, each in zip(prompts, measures, strict=True):
             answer = shipped.answer(prompt, exact, GenerationOptions(1))
             trace = replay(exact, each, boundaries)
@@ -124,7 +122,9 @@ def test_the_sweep_predicts_the_shipped_models_runs_to_the_row(shipped: LoadedMo
 
 def test_measures_are_those_of_whole_runs(shipped: LoadedModel) -> None:
     (prompt,) = prompts_of(shipped, 1)
-    found = measure(shipped.model, Wanted(withdrawals=[4], boundaries=[3]), dict(shipped.checkpoint.batch([prompt] * 2)))
+    found = measure(
+        shipped.model, Wanted(withdrawals=[4], boundaries=[3]), dict(shipped.checkpoint.batch([prompt] * 2))
+    )
 
     def first_logits(config) -> torch.Tensor:
         return shipped.answer(prompt, config, GenerationOptions(1), keep_logits=True).first_logits.double()
@@ -193,7 +193,9 @@ def test_a_calibration_leaves_a_config_that_programs_take(tmp_path: Path) -> Non
     assert PruningConfig.from_any(f"@{out / 'pruning_config.json'}").to_dict() == config
     assert found["held_out"]["saved"]["mean"] >= 0.2
     assert set(found["methods"]) == {"visipruner", "random"}
-    assert found["about"]["data"]["to_choose_on"] + found["about"]["data"]["held_out"] == found["about"]["data"]["asked"]
+    assert (
+        found["about"]["data"]["to_choose_on"] + found["about"]["data"]["held_out"] == found["about"]["data"]["asked"]
+    )
     rows = list(csv.DictReader((out / "calibration.csv").open()))
     assert {row["method"] for row in rows} == {"visipruner", "random"}
     assert {row["prompts"] for row in rows} == {"to choose on", "held out"}
@@ -338,5 +340,3 @@ def test_no_picture_is_in_both_halves() -> None:
     again = read_samples(MINI / "train_images", QUESTIONS, seed=3, pictures=21)
     assert again == samples
     assert read_samples(MINI / "train_images", QUESTIONS, seed=4, pictures=21) != samples
-
-

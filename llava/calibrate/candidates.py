@@ -1,8 +1,8 @@
 """Configs worth trying, with what the measures say of them before any of them is run.
 
 VisiPruner's thresholds are swept on the recorded shares: its own `decide` is shown them layer by layer, as the engine
-would. Up to the first selection nothing was pruned, so what it says of the selecting layer and the kept tokens is what a
-real run does. Cosines behind a drop were measured with all tokens there; a real run, which has fewer, may leave
+would. Up to the first selection nothing was pruned, so what it says of the selecting layer and the kept tokens is what
+a real run does. Cosines behind a drop were measured with all tokens there; a real run, which has fewer, may leave
 (`deep`) earlier or later.
 """
 
@@ -84,7 +84,7 @@ def replay(method: VisiPruner, measures: Measures, boundaries: Sequence[int]) ->
         method: the config; with the shallow stage, `shallow_mid_layer` is one of `boundaries`.
     """
     trace = measures.trace()
-    run = 1 + list(boundaries).index(method.shallow_mid_layer) if method.shallow else 0
+    run = [None, *boundaries].index(method.shallow_mid_layer) if method.shallow else 0
     num_layers = measures.cosine.shape[1]
     looks, decides = method.looks_behind(num_layers), method.decides_behind(num_layers)
     text = trace.num_rows - trace.num_visual
@@ -150,6 +150,7 @@ def visipruner_candidates(recording: Recording, sink: str | None = None) -> list
 def _grid(recording: Recording, sink: str | None) -> Iterator[VisiPruner]:
     layers = recording.shape.num_layers
     earliest = max(1, recording.first_layer - 2)
+    ways: list[tuple[tuple[str, ...], int, int]]
     ways = [(("middle", "deep"), boundary, 0) for boundary in range(earliest, max(earliest, layers // 2) + 1)]
     ways += [(("shallow", "middle", "deep"), boundary, run + 1) for run, boundary in enumerate(recording.boundaries)]
     for mode, boundary, run in ways:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -30,6 +31,15 @@ class Figure:
         means = sums[drawn].sum(1) / counts[drawn].sum(1)
         low, high = np.quantile(means, (0.025, 0.975))
         return cls(float(np.mean(values)), float(low), float(high))
+
+    @classmethod
+    def of_shares(cls, values: Sequence[float], groups: Sequence[int], seed: int) -> Figure:
+        """The same of values 0 and 1. Where all are 1 no resampling differs; the lower end is Wilson's, one trial a
+        picture."""
+        if min(values) < 1:
+            return cls.of(values, groups, seed)
+        z = NormalDist().inv_cdf(0.975)
+        return cls(1.0, 1 / (1 + z**2 / len(set(groups))), 1.0)
 
     @property
     def error(self) -> float:

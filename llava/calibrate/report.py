@@ -16,7 +16,6 @@ from llava.calibrate.measure import contribution_order, withdrawal_layer
 from llava.calibrate.search import FLOOR, Calibration, Family
 from llava.eval.files import to_json
 from llava.eval.scoring import show
-from llava.pruning import VisiPruner
 from llava.utils import write_whole
 
 VTW_ETA = 0.003
@@ -98,6 +97,7 @@ def write_results(found: Calibration, about: dict[str, Any], out: Path) -> None:
     """Write all files of the folder, say what was found, and where it is."""
     best = found.best
     chosen = best.held_out if best is not None else None
+    measured = curves(found)
     document = {
         "about": about,
         "goal": str(found.goal),
@@ -105,7 +105,7 @@ def write_results(found: Calibration, about: dict[str, Any], out: Path) -> None:
         "pruning_config": chosen.method.to_dict() if chosen else None,
         "held_out": plain(chosen),
         "methods": {family.name: family_dict(family) for family in found.families},
-        "measured": curves(found),
+        "measured": measured,
     }
     write_whole(out / "calibration.json", to_json(document))
     write_whole(out / "calibration.csv", table(found))
@@ -115,7 +115,7 @@ def write_results(found: Calibration, about: dict[str, Any], out: Path) -> None:
     except ImportError:
         print("No figure and no page: matplotlib or jinja2 is missing (extra: viz)", file=sys.stderr)
     else:
-        figure = draw(found, document["measured"])
+        figure = draw(found, measured)
         write_whole(out / "calibration.svg", figure)
         write_whole(out / "calibration.html", page(document, COLUMNS, rows_of(found), figure))
         written += ["calibration.svg", "calibration.html"]
@@ -152,7 +152,7 @@ def percent(value: Figure) -> str:
 
 def rows_of(found: Calibration) -> list[tuple[str, ...]]:
     """Method, whether it meets the goal, and its figures on the held-out half, as text."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for family in found.families:
         result = family.held_out
         if result is None:
@@ -178,6 +178,4 @@ def _say(found: Calibration) -> None:
     if result is None:
         print("No config of these methods meets the budget; above is what the nearest of each does.")
         return
-    print(f"Taken: {to_json(result.method.to_dict()).strip()}")
-    if isinstance(result.method, VisiPruner) and result.agreement.low == result.agreement.high:
-        print("Every held-out answer is as dense: more pictures (--pictures) would tell a bound from an accident.")
+    print(f"Taken: {key_of(result.method)}")

@@ -79,16 +79,14 @@ class Runs:
                 stream.write(json.dumps({"config": key, "outcomes": plain}) + "\n")
         outcomes = [known[number] for number in half]
         groups = [self.groups[number] for number in half]
-        figures = {
-            name: Figure.of([float(getattr(outcome, source)) for outcome in outcomes], groups, self.seed)
-            for name, source in (
-                ("agreement", "same"),
-                ("divergence", "divergence"),
-                ("saved", "saved"),
-                ("tokens", "tokens"),
-            )
-        }
-        return Result(method, len(half), **figures)
+        return Result(
+            method,
+            len(half),
+            agreement=Figure.of_shares([float(one.same) for one in outcomes], groups, self.seed),
+            divergence=Figure.of([one.divergence for one in outcomes], groups, self.seed),
+            saved=Figure.of([one.saved for one in outcomes], groups, self.seed),
+            tokens=Figure.of([one.tokens for one in outcomes], groups, self.seed),
+        )
 
     def timed(self, results: Sequence[Result], half: Sequence[int]) -> list[Result]:
         """The results with the time to the first token, all of them and the dense run in turns on the same prompts."""

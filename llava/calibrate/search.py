@@ -247,5 +247,3 @@ def check_methods(text: str) -> list[str]:
         raise UserError(f"--method {text!r}: names of methods are needed, like visipruner,fastv, or all")
     check_names([name for name in names if name not in METHODS])
     return list(dict.fromkeys(names))
-
-
