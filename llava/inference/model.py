@@ -136,7 +136,7 @@ class LoadedModel:
                     prompt_rows=prompt.num_rows,
                     visual_tokens=prompt.num_visual,
                     clock=clock,
-                    first_logits=first_logits.kept[number] if keep_logits else None,
+                    first_logits=first_logits.kept[number] if first_logits.kept is not None else None,
                 )
             )
         if on_text and streamer is None:
