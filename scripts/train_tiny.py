@@ -2,7 +2,7 @@
 
 python scripts/train_tiny.py                                    # the whole curriculum, into runs/tiny; resumes
 python scripts/train_tiny.py --export llava/assets/tiny_llava   # its last checkpoint as a LLaVA folder
-python scripts/train_tiny.py --tune llava/assets/tiny_llava     # find its pruning_config.json
+python scripts/train_tiny.py --questions runs/questions         # pictures and questions to calibrate it on
 python scripts/train_tiny.py --measure llava/assets/tiny_llava  # write its accuracy.json
 python scripts/train_tiny.py --smoke --out /tmp/smoke
 """
@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from tiny_llava.card import card
 from tiny_llava.export import export, write_json
-from tiny_llava.measure import accuracy_report, search
+from tiny_llava.measure import accuracy_report, write_question_file
 from tiny_llava.train import CURRICULA, Run, effort
 from torch import distributed
 
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--joint-steps", type=int, help="another length of the last stage")
     parser.add_argument("--every", type=float, default=150.0, help="seconds between checkpoints")
     parser.add_argument("--export", type=Path, help="write the checkpoint in --out here as a LLaVA folder; no training")
-    parser.add_argument("--tune", type=Path, help="find pruning_config.json for the model in this folder; no training")
+    parser.add_argument("--questions", type=Path, help="write pictures and questions.jsonl here; no training")
+    parser.add_argument("--split", default="validation", help="of --questions: a name, its pictures' seed")
+    parser.add_argument("--pictures", type=int, default=64, help="of --questions")
     parser.add_argument("--measure", type=Path, help="write accuracy.json for the model in this folder; no training")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile (needs a C++ compiler)")
     arguments = parser.parse_args()
@@ -50,10 +52,8 @@ def main() -> None:
         export(run.averaged.module, run.tokenizer, arguments.export)
         shutil.copy(arguments.out / "log.jsonl", arguments.export / "training_log.jsonl")
         return
-    if arguments.tune:
-        found = search(arguments.tune)
-        write_json(arguments.tune / "pruning_search.json", found)
-        write_json(arguments.tune / "pruning_config.json", found["best"])
+    if arguments.questions:
+        write_question_file(arguments.questions, arguments.split, arguments.pictures)
         return
     if arguments.measure:
         report = accuracy_report(arguments.measure)

@@ -249,7 +249,7 @@ def depth(layers: int):
     [(32, 6), (40, 8), (28, 5), (24, 4), (8, 2), (4, 1), (2, 1)],  # 6 of 32, rounded
 )
 def test_default_boundary_is_the_published_one_scaled(layers, boundary) -> None:
-    with depth(layers) as model:
+    with depth(layers) as model, pytest.warns(UserWarning, match="uncalibrated.*python -m llava.calibrate"):
         config = PruningConfig.for_model(model)
     assert config.mode == ("shallow", "middle", "deep")
     assert config.shallow_mid_layer == boundary
@@ -257,6 +257,7 @@ def test_default_boundary_is_the_published_one_scaled(layers, boundary) -> None:
     config.validate_for(layers)
 
 
+@pytest.mark.filterwarnings("ignore:uncalibrated")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_default_config_runs_on_every_family(name) -> None:
     model = family_model(name)

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"pruning", "constants", "mm_utils", "images", "conversation", "utils"},
     "inference": MODEL,
     "eval": INFERENCE,
+    "calibrate": {"eval", *INFERENCE},
     "visualize": INFERENCE,
     "integrations": INFERENCE,
     "serve": {"visualize", *INFERENCE},

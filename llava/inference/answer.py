@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from llava.pruning import Method, PruningTrace
 from llava.utils import UserError
 
@@ -89,6 +91,7 @@ class Answer:
         num_layers: decoder layers.
         prompt_rows, visual_tokens: rows of the prompt with the pictures in place, and those of them from pictures.
         clock: of the batch it was answered in.
+        first_logits: of its first token, float32 ``[vocabulary]``, where they were asked for.
     """
 
     text: str
@@ -101,6 +104,7 @@ class Answer:
     prompt_rows: int
     visual_tokens: int
     clock: Clock
+    first_logits: torch.Tensor | None = None
 
     @property
     def new_tokens(self) -> int:

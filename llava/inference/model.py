@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from llava.inference.answer import Answer, Clock, GenerationOptions
 from llava.inference.checkpoint import Checkpoint, LoadOptions, Prompt
@@ -76,6 +76,7 @@ class LoadedModel:
         on_text: Callable[[str], None] | None = None,
         stop: threading.Event | None = None,
         seed: int | None = None,
+        keep_logits: bool = False,
     ) -> list[Answer]:
         """Answers to prompts, in their order. An answer depends on its own prompt alone, not on its neighbours.
 
@@ -86,6 +87,7 @@ class LoadedModel:
             on_text: called with each piece of text as it comes, of one prompt; with beams the text comes at once.
             stop: set from anywhere, it ends the answers after the token that is being made.
             seed: of sampling; None goes on with torch's generator.
+            keep_logits: whether answers hold the logits of their first token; not with beams.
         """
         options = options or GenerationOptions()
         limits = [min(options.max_new_tokens, self.checkpoint.context_len - prompt.num_rows) for prompt in prompts]
@@ -93,8 +95,9 @@ class LoadedModel:
         criteria = StoppingCriteriaList([watch])
         if self._keywords:
             criteria.append(KeywordsStoppingCriteria(self._keywords, self.tokenizer))
+        first_logits = _FirstLogits()
         streamer = _Streamer(self.tokenizer, on_text) if on_text and options.num_beams == 1 else None
-        given = {name: self._moved(value) for name, value in self.checkpoint.batch(prompts).items()}
+        given = {name: self.moved(value) for name, value in self.checkpoint.batch(prompts).items()}
         with call_lock(self.model), prune(self.model, config) if config is not None else nullcontext() as run:
             if seed is not None and options.temperature > 0:
                 torch.manual_seed(seed)
@@ -104,6 +107,7 @@ class LoadedModel:
                 **given,
                 max_new_tokens=max(limits),
                 stopping_criteria=criteria,
+                logits_processor=LogitsProcessorList([first_logits] if keep_logits else []),
                 streamer=streamer,
                 **options.to_kwargs(),
             )
@@ -114,7 +118,7 @@ class LoadedModel:
         clock = Clock(len(prompts), sum(map(len, tokens)), first, seconds)
         traces = run.traces if run is not None else [None] * len(prompts)
         answers = []
-        for prompt, ids, limit, trace in zip(prompts, tokens, limits, traces, strict=True):
+        for number, (prompt, ids, limit, trace) in enumerate(zip(prompts, tokens, limits, traces, strict=True)):
             finish = "length" if len(ids) >= limit else "stop"
             if ids and ids[-1] in self._ends:
                 finish = "stop"
@@ -132,6 +136,7 @@ class LoadedModel:
                     prompt_rows=prompt.num_rows,
                     visual_tokens=prompt.num_visual,
                     clock=clock,
+                    first_logits=first_logits.kept[number] if first_logits.kept is not None else None,
                 )
             )
         if on_text and streamer is None:
@@ -145,7 +150,8 @@ class LoadedModel:
                 self.answer(prompt, each, GenerationOptions(max_new_tokens=1))
         self._is_warm = True
 
-    def _moved(self, value: Any) -> Any:
+    def moved(self, value: Any) -> Any:
+        """An input of the model on its device, and in its dtype where it is a floating-point one."""
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
@@ -222,6 +228,18 @@ class _Watch(StoppingCriteria):
             self.first_token_at = time.perf_counter()
         is_stopped = self.stop is not None and self.stop.is_set()
         return torch.full((input_ids.shape[0],), is_stopped, dtype=torch.bool, device=input_ids.device)
+
+
+class _FirstLogits(LogitsProcessor):
+    """Keeps what the model said of each prompt's first new token, before anything changes it."""
+
+    def __init__(self) -> None:
+        self.kept: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.kept is None:
+            self.kept = scores.float().cpu()
+        return scores
 
 
 def _wait_for(device: torch.device) -> None:

@@ -32,12 +32,12 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import CacheLease, RaggedLayer, make_ragged
 from .decode import Decoding
-from .errors import UnsupportedCallError
+from .errors import PruningConfigError, UnsupportedCallError
 from .families import Adapter, adapter_for
 from .flops import note_dense
 from .generation import Generation, refuse_unsupported
 from .method import Method
-from .prefill import Plan, Prefill, Sample
+from .prefill import Fork, Plan, Prefill, Sample
 from .rows import Rows
 from .tower import TowerWatch
 from .trace import PruningTrace
@@ -99,12 +99,14 @@ class PruningRun:
         methods: Sequence[Method | None],
         visual_mask: torch.Tensor | None,
         lock: Any,
+        forks: Sequence[Fork] = (),
     ):
         self.traces: list[PruningTrace] = []
         self._adapter = adapter
         self._plans = [Plan.of(method, len(adapter.layers)) for method in methods]  # one for all prompts, or one each
+        self._forks = forks
         # Where nothing prunes, the model's own kernels run and only traces are kept.
-        self._prunes = any(method is not None for method in methods)
+        self._prunes = any(method is not None for method in methods) or len(forks) > 0
         watching = [method.name for method in methods if method is not None and method.needs_tower]
         self._tower = TowerWatch(adapter.tower_layer(watching[0]), adapter.projector) if watching else None
         self._visual_mask = visual_mask
@@ -141,9 +143,10 @@ class PruningRun:
 
     def _install_on_layers(self, on: Callable[[Callable[[], None]], None]) -> None:
         layers = self._adapter.layers
+        plans = [*self._plans, *(fork.plan for fork in self._forks)]
         for number, layer in enumerate(layers):
             on(layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True).remove)
-            if not all(plan.treatments[number].update for plan in self._plans):
+            if not all(plan.treatments[number].update for plan in plans):
                 for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
                     on(part.register_forward_pre_hook(self._leave_frozen_out).remove)
                     on(part.register_forward_hook(self._give_frozen_zeros).remove)
@@ -287,6 +290,7 @@ class PruningRun:
             self._adapter.first_layer,
             self._adapter.decoder.rotary_emb,
             self._adapter.decoder.norm,
+            self._forks,
         )
         if self._tower is not None:
             firsts = samples[::copies]
@@ -331,6 +335,8 @@ class PruningRun:
                 f"past_key_values is a {type(cache).__name__}{' with offloading' * (type(cache) is DynamicCache)}; "
                 "pruning needs an empty DynamicCache: layers hold different numbers of rows"
             )
+        if self._forks:
+            raise UnsupportedCallError("a forward with forks keeps no cache: call the model with use_cache=False")
         lease = make_ragged(cache)
         self._leases.add(lease)
         lease.renumbered = [sample.plan.renumbers for sample in samples]
@@ -352,6 +358,8 @@ class PruningRun:
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
         state = self._forward[0] if self._forward is not None else None
         self._forward = None
+        if isinstance(state, Prefill) and self._forks:
+            self.traces = [sample.trace for sample in state.samples]
         for trace in self.traces if isinstance(state, Prefill) or not self._prunes else []:
             trace.lm_head_rows = min(trace.lm_head_rows or trace.num_rows, (trace.rows_per_layer or [0])[-1])
         hidden_states = getattr(output, "hidden_states", None)
@@ -474,12 +482,23 @@ def _method_for(adapter: Adapter, config: Config) -> Method | None:
     return None if method.is_dense else method
 
 
+def _fork(adapter: Adapter, layer: int, config: Config, prompt: int) -> Fork:
+    """A fork that this model can make."""
+    if not adapter.first_layer <= layer < len(adapter.layers):
+        raise PruningConfigError(
+            f"a fork at layer {layer}: this model's prompts can be copied at the inputs of layers "
+            f"{adapter.first_layer} to {len(adapter.layers) - 1}"
+        )
+    return Fork(layer, Plan.of(_method_for(adapter, config), len(adapter.layers)), prompt)
+
+
 @contextmanager
 def prune(
     model: nn.Module,
     config: Config | Sequence[Config] = None,
     *,
     visual_mask: torch.Tensor | None = None,
+    forks: Sequence[tuple[int, Config, int]] = (),
 ) -> Iterator[PruningRun]:
     """Prune visual tokens in every call of `model` inside the block.
 
@@ -492,6 +511,9 @@ def prune(
         visual_mask: bool [batch, rows], for calls with `inputs_embeds`, where ids cannot tell which rows are
             visual. Padding is part of the rows. Integers instead (0: text) number the images, so that adjacent ones
             are told apart.
+        forks: `(layer, config, prompt)`, by ascending layer: from `layer` on a copy of that prompt of the batch goes
+            on under another config, from the states that the prompt has there. Logits and traces of the copies follow
+            those of the batch. For forwards with `use_cache=False`.
 
     Yields:
         The run; its `traces` are those of the last prefill, one a prompt, in batch order.
@@ -506,8 +528,9 @@ def prune(
     adapter = adapter_for(model)
     configs: Sequence[Any] = config if isinstance(config, list | tuple) else [config]
     methods = [_method_for(adapter, each) for each in configs]
+    ways = [_fork(adapter, *fork) for fork in forks]
     seat = _seat_of(adapter.decoder)
-    run = PruningRun(adapter, methods, visual_mask, seat.lock)
+    run = PruningRun(adapter, methods, visual_mask, seat.lock, ways)
     with seat.lock:
         if seat.run is not None:
             here = seat.run[1] == threading.get_ident()

@@ -7,7 +7,8 @@ exactly them. Attention looks at one sample at a time. Between two layers the me
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,21 @@ class Plan:
         return self.method is not None and self.method.renumbers_behind(layer, len(self.treatments))
 
 
+@dataclass(frozen=True)
+class Fork:
+    """A copy of a prompt that goes its own way from one layer on, from the states that the prompt has there.
+
+    Attributes:
+        layer: the first that the copy runs by itself. Its method is asked from behind the layer before.
+        plan: of the copy; what it says of earlier layers is not read.
+        of: index of the prompt in the batch.
+    """
+
+    layer: int
+    plan: Plan
+    of: int = 0
+
+
 @dataclass
 class Sample:
     """One prompt on its way through the layers.
@@ -83,6 +99,8 @@ class Prefill:
         first_layer: the first layer at whose input rows may be missing.
         rotate: the decoder's rotary embedding, for rows that are numbered anew.
         final_norm: the norm behind the decoder's last layer, for methods that look through it.
+        forks: copies that are made on the way; as further samples they come out behind the prompts, in the order of
+            their layers. For forwards without a cache.
         updated: local indices of the packed rows that the current layer updates, int64; None: all.
     """
 
@@ -93,6 +111,7 @@ class Prefill:
     first_layer: int = 0
     rotate: Callable[..., tuple[torch.Tensor, ...]] | None = None
     final_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
+    forks: Sequence[Fork] = ()
     position_embeddings: tuple[torch.Tensor, ...] = ()
     position_ids: torch.Tensor | None = None
     counts_per_layer: list[list[int]] = field(default_factory=list)
@@ -113,6 +132,7 @@ class Prefill:
             self.position_embeddings = tuple(self.pack(part) for part in kwargs["position_embeddings"])
             position_ids = kwargs.get("position_ids")
             self.position_ids = self.pack(position_ids[..., None])[..., 0] if position_ids is not None else None
+        hidden = self._fork(layer, hidden)
         self._decide_behind(layer - 1, hidden)
         hidden = self._carry_out(layer - 1, hidden)
         if layer == 0:
@@ -257,18 +277,38 @@ class Prefill:
                 sample.rows, sample.keep = left, None
             sources.append(source + start)
             start += rows.count
-        self._segments = None
-        everyone = varlen.to_device(torch.from_numpy(np.concatenate(sources)), torch.int64, hidden.device)
+        everyone = self._index(sources, hidden.device)
         hidden = _select_rows(hidden, everyone)
         for begin, left, states in merged:
             hidden[0, begin : begin + left.count][left.visual_index(hidden.device)] = states.to(hidden.dtype)
         if any(renumbered):
             self._number_anew(renumbered, everyone, hidden)
         else:
-            self.position_embeddings = tuple(_select_rows(part, everyone) for part in self.position_embeddings)
-            if self.position_ids is not None:
-                self.position_ids = _select_rows(self.position_ids, everyone)
+            self._select_positions(everyone)
         return hidden
+
+    def _fork(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Put copies behind the samples whose own way begins at `layer`."""
+        forks = [fork for fork in self.forks if fork.layer == layer]
+        if not forks:
+            return hidden
+        own = np.split(np.arange(sum(self.counts)), np.cumsum(self.counts)[:-1])
+        everyone = self._index([*own, *(own[fork.of] for fork in forks)], hidden.device)
+        for fork in forks:
+            prompt = self.samples[fork.of]
+            self.samples.append(replace(prompt, plan=fork.plan, trace=deepcopy(prompt.trace)))
+        self._select_positions(everyone)
+        return _select_rows(hidden, everyone)
+
+    def _index(self, sources: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+        """Packed indices of the rows that every sample goes on with, given one by one; the layout changes."""
+        self._segments = None
+        return varlen.to_device(torch.from_numpy(np.concatenate(sources)), torch.int64, device)
+
+    def _select_positions(self, rows: torch.Tensor) -> None:
+        self.position_embeddings = tuple(_select_rows(part, rows) for part in self.position_embeddings)
+        if self.position_ids is not None:
+            self.position_ids = _select_rows(self.position_ids, rows)
 
     def _number_anew(self, renumbered: Sequence[bool], survivors: torch.Tensor, hidden: torch.Tensor) -> None:
         """Positions 0, 1, … for the rows of every sample that is `renumbered`; the others keep theirs."""
@@ -311,6 +351,7 @@ class Prefill:
                 self._segments = varlen.Segments.of(self.counts, query.device)
             together = varlen.attend_packed(query[0], keys[0], values[0], self._segments, scale)
         outputs, start = [], 0
+        forks_next = any(fork.layer == layer + 1 for fork in self.forks)  # a copy's method may look behind this layer
         for sample, treatment in zip(self.samples, treatments, strict=True):
             rows, tally = sample.rows, Tally()
             segment = slice(start, start + rows.count)
@@ -325,7 +366,7 @@ class Prefill:
             sample.trace.score_pairs[layer] += tally.scores
             sample.trace.value_pairs[layer] += tally.values
             sample.trace.visual_rows_read.append(treatment.read.visible(len(rows.visual)))
-            if layer in sample.plan.looks and self._asks(sample):
+            if forks_next or (layer in sample.plan.looks and self._asks(sample)):
                 sample.attended = Attended(*own, output, scale)
         if together is not None:
             return together.transpose(0, 1)[None]

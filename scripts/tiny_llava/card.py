@@ -62,7 +62,7 @@ def card(report: dict[str, Any], pictures: int, minutes: int) -> str:
             "## Dense and pruned on the same questions",
             "",
             f"`pruned` is `pruning_config.json`: `{json.dumps(report['pruning_config'])}`.",
-            "It was chosen on other pictures (`pruning_search.json`, `scripts/train_tiny.py --tune`). **It costs",
+            "It was chosen on other pictures, by `python -m llava.calibrate` (docs/calibration.md). **It costs",
             f"{cost['points_lost']:.2f} points of overall accuracy [{low:.2f}, {high:.2f}]** (paired, 95 % interval):",
             f"of {cost['n']:,} questions {cost['lost']} become wrong and {cost['won']} right.",
             "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import random
@@ -23,6 +22,7 @@ from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, o
 from llava.pruning import Method, PruningTrace
 from llava.pruning.flops import DecoderShape, savings
 from llava.pruning.methods import FastV, Random
+from llava.utils import write_whole
 
 from .data import NEWLINE, SIDE_BY_SIDE, Encoder, easy_batches, held_out_batch, phrase
 from .easyvqa import easy_by_image, easy_picture
@@ -245,27 +245,18 @@ def _majority(samples: Sequence[Sample]) -> dict[str, tuple[int, int]]:
     return {task: (correct, count) for task, (correct, count) in sorted(right.items())}
 
 
-def search(path: Path, pictures: int = 72) -> dict[str, Any]:
-    """Try pruning configs on the split `validation`; the best that saves at least 30 % of executed prefill FLOPs.
-
-    Best: most right answers, those to text questions counted twice (they tell ways to prune apart).
-    """
-    shipped = Shipped(str(path))
-    samples = rendered_samples("validation", pictures) + easy_samples(pictures // 6, "train")
-    tried = []
-    for last_dense, tokens_threshold in itertools.product((3, 4), (0.04, 0.06, 0.08)):
-        config = {
-            "mode": ["middle", "deep"],
-            "shallow_mid_layer": last_dense,
-            "layer_threshold": 0.99999,
-            "tokens_threshold": tokens_threshold,
-            "exit_threshold": 0.9999,  # counting still looks at the picture in the last layers
-        }
-        result = pruned_figures(shipped, samples, config=config)
-        tried.append({"config": config, **result})
-        overall, text = result["accuracy"]["overall"], result["accuracy"].get("text")
-        print(config, overall["accuracy"], text and text["accuracy"], result["saved"], result["mean_kept"], flush=True)
-    enough = [one for one in tried if one["saved"]["executed"] >= 0.3] or tried
-    best = max(enough, key=lambda one: sum(one["accuracy"][task]["correct"] for task in ("overall", "text")))
-    dense = pruned_figures(shipped, samples)["accuracy"]
-    return {"best": best["config"], "dense": dense, "tried": tried, "n": len(samples)}
+def write_question_file(folder: Path, split: str, pictures: int) -> None:
+    """Pictures of a held-out split and `questions.jsonl` about them, in the form that `llava.eval` and
+    `llava.calibrate` read; one picture in eight is of easy-VQA's training split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    real = pictures // 8
+    samples = rendered_samples(split, pictures - real) + easy_samples(real, "train")
+    names: dict[int, str] = {}
+    lines = []
+    for number, sample in enumerate(samples):
+        if id(sample.picture) not in names:
+            names[id(sample.picture)] = f"{len(names):04d}.png"
+            sample.picture.save(folder / names[id(sample.picture)])
+        record = {"question_id": number, "image": names[id(sample.picture)], "text": sample.question}
+        lines.append(json.dumps(record) + "\n")
+    write_whole(folder / "questions.jsonl", "".join(lines))

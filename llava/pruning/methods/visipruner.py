@@ -203,7 +203,7 @@ class VisiPruner(Method):
         """A starting point for any supported model: all three stages, the published boundary scaled to its depth.
 
         The thresholds are the published ones for LLaVA-1.5-7B, whose shallow stage is 6 of 32 layers. They were
-        never fitted to another family: measure on your own questions before you rely on them.
+        never fitted to another model, which a warning says; `python -m llava.calibrate` finds a config that holds.
 
         Raises:
             UnsupportedModelError: a model that `prune` refuses.
@@ -218,6 +218,11 @@ class VisiPruner(Method):
         scaled = round(PUBLISHED_BOUNDARY * num_layers / PUBLISHED_LAYERS)
         # A selection behind layer boundary + 1 drops rows at the input of boundary + 2.
         boundary = min(max(scaled, adapter.first_layer - 2, 1), num_layers - 1)
+        warnings.warn(
+            f"uncalibrated pruning config: LLaVA-1.5-7B's published thresholds, its boundary scaled to {num_layers} "
+            "layers; `python -m llava.calibrate` finds a config for this model and your pictures",
+            stacklevel=2,
+        )
         return cls(mode=STAGES, shallow_mid_layer=boundary, layer_threshold=0.995, tokens_threshold=0.2)
 
     def describe(self, trace: PruningTrace) -> str:
