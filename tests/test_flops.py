@@ -112,6 +112,12 @@ POLICIES = {
         }
     },
     "shortv": {"config": {"method": "shortv", "frozen_layers": [0, 3, 4, 7]}},
+    "st3": {"config": {"method": "st3"}},
+    "yopo": {"config": {"method": "yopo"}},
+    "vica": {"config": {"method": "vica", "layers": [0, 2, 3, 5]}},
+    "vica behind divprune": {
+        "config": {"method": "chain", "steps": [{"method": "divprune", "keep": 7}, {"method": "vica"}]}
+    },
 }
 
 

@@ -39,7 +39,11 @@ KNOBS = {
     "dart": {"layer": 2, "keep": 5, "image_pivots": 1, "text_pivots": 2},
     "sparsevlm": {"variant": "v2", "layers": [1, 2], "keep": [0.5, 0.2], "heads": 2},
     "vtw": {"layer": 3},
+    "yopo": {"last": 5},
+    "st3": {"layer": 2, "stride": 2, "keep": 0.2},
     "shortv": {"frozen_layers": [0, 2, 3]},
+    "vica": {"layers": [0, 1, 2, 4]},
+    "vica without a list": {"method": "vica"},
     "random": {"keep": 5, "layer": 2},
     "random before the decoder": {"method": "random", "keep": 0.5},
     "pyramiddrop": {"layers": [1, 3], "keep": [0.5, 0.2], "positions": "keep"},
@@ -117,6 +121,9 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "fastv", "keep": 1.5}, ["'keep' is 1.5", "between 0 and 1"]),
         ({"method": "random", "seed": "x"}, ["'seed' is 'x'"]),
         ({"method": "vtw", "layer": 2.0}, ["'layer' is 2.0"]),
+        ({"method": "yopo", "last": -1}, ["'last' is -1", "from 0 to L-1"]),
+        ({"method": "st3", "stride": 0}, ["'stride' is 0", "at least 1"]),
+        ({"method": "vica", "layers": [1, 1]}, ["'layers' is [1, 1]", "different"]),
         ({"method": "shortv", "frozen_layers": [1, 1]}, ["'frozen_layers' is [1, 1]", "different"]),
         ({"method": "shortv", "frozen_layers": 3}, ["'frozen_layers' is 3"]),
         ({"method": "pyramiddrop", "layers": [3, 2], "keep": [0.5, 0.2]}, ["'layers' is [3, 2]", "ascending"]),
@@ -169,6 +176,20 @@ def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
             r"'frozen_layers' is \[3, 12\]; it must be a list of different layers from 0 to 11",
         ),
         ({"method": "random", "layer": 12}, "'layer' is 12"),
+        ({"method": "yopo", "last": 12}, "'last' is 12; it must be an integer from 0 to 11"),
+        ({"method": "st3", "layer": 12}, "'layer' is 12"),
+        ({"method": "vica", "layers": [12]}, r"'layers' is \[12\]"),
+        (
+            {"method": "chain", "steps": [{"method": "vica", "layers": [0, 3]}, {"method": "fastv", "layer": 3}]},
+            r"'chain': visual rows sit out layers \[2\], so a method cannot look at",
+        ),
+        (
+            {
+                "method": "chain",
+                "steps": [{"mode": ["shallow"], "shallow_mid_layer": 2}, {"method": "vica", "layers": [0]}],
+            },
+            "two steps differ in what text reads",
+        ),
         ({"method": "pyramiddrop"}, r"'layers' is \[8, 16, 24\]"),
         ({"method": "sparsevlm"}, r"'layers' is \[2, 6, 15\]"),
         ({"method": "schedule", "shallow_mid_layer": 2, "select_layer": 12, "keep": 3}, "'select_layer' is 12"),
@@ -210,6 +231,19 @@ def test_rows_that_a_model_still_needs_may_not_leave() -> None:
             prune(family_model("qwen3-vl"), config),
         ):
             pass
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"method": "yopo", "last": 6}, "'last' is 6; it must be at most 5 for this model"),
+        ({"method": "st3", "stride": 2}, "'layer' is 1; it must be at least 3 for this model"),
+        ({"method": "vica", "layers": [0, 2]}, r"may not sit out layers \[1\] of this model"),
+    ],
+)
+def test_layers_that_image_features_join_need_their_rows(config, words) -> None:
+    with pytest.raises(PruningConfigError, match=words), prune(family_model("qwen3-vl"), config):
+        pass
 
 
 def test_fastv_is_one_short_file_that_an_empty_registry_needs(registry) -> None:
@@ -482,12 +516,15 @@ def test_every_family_equals_a_full_length_run_of_the_unpatched_model(name, conf
     model, inputs, knobs = family_model(name), FAMILIES[name].inputs(*BATCH), CONFIGS[config]
     if FAMILIES[name].first_layer > 1 and config in BEFORE_THE_DECODER:
         pytest.skip("refused, see test_rows_that_a_model_still_needs_may_not_leave")
-    if FAMILIES[name].first_layer > 1 and config != "shortv" and config != "vtw":
+    if FAMILIES[name].first_layer > 1 and not config.startswith(("shortv", "vtw", "yopo", "vica")):
         knobs = {**knobs, **({"layers": [3, 4]} if "layers" in knobs else {"layer": 3})}
     with prune(model, knobs) as run:
         pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
     hidden = [Hidden.from_trace(trace, inputs["input_ids"].shape[1], LAYERS) for trace in run.traces]
-    frozen = knobs.get("frozen_layers", [])
+    treatments = Method.from_any(knobs).treatments(LAYERS)
+    frozen = [layer for layer, one in enumerate(treatments) if not (one.update and one.present)]
+    for prompt in hidden:  # rows that sit a layer out are hidden in it
+        prompt.gone[[layer for layer, one in enumerate(treatments) if not one.present]] |= prompt.visual
     with masks_hide(model, hidden), states_restored(model, hidden, frozen):
         reference = model.generate(**inputs, max_new_tokens=4, **GREEDY)
     assert pruned.sequences.tolist() == reference.sequences.tolist()
@@ -499,7 +536,8 @@ def test_every_family_equals_a_full_length_run_of_the_unpatched_model(name, conf
     assert (change[:2] > 1e-4).all() and change[2] < 1e-4
     for trace, prompt in zip(run.traces, hidden, strict=True):
         assert trace.rows_per_layer == (prompt.num_rows - prompt.gone.sum(1)).tolist()
-        updated = [rows - prompt.visual.sum() * (layer in frozen) for layer, rows in enumerate(trace.rows_per_layer)]
+        there = (prompt.visual & ~prompt.gone).sum(1)
+        updated = [rows - there[layer] * (layer in frozen) for layer, rows in enumerate(trace.rows_per_layer)]
         assert trace.updated_rows_per_layer == updated
 
 
@@ -711,7 +749,11 @@ def test_what_was_done_is_said_in_words() -> None:
         "dart": "kept 4 of 24 visual tokens, selected at layer 1",
         "sparsevlm": "kept 5 of 24 visual tokens, selected at layers 1, 2",
         "vtw": "kept 0 of 24 visual tokens from layer 3 on",
+        "yopo": "kept 0 of 24 visual tokens from layer 3 on",
+        "st3": "kept 5 of 24 visual tokens, selected at layers 1, 3, 5",
         "shortv": "kept all 24 visual tokens, not updated in 3 of 8 layers",
+        "vica": "updated none of 24 visual tokens, text reads them in 4 of 8 layers",
+        "vica without a list": "updated none of 24 visual tokens, text reads them in 4 of 8 layers",
         "random": "kept 5 of 24 visual tokens, selected at layer 1",
         "random before the decoder": "kept 6 of 24 visual tokens, selected before the decoder",
         "pyramiddrop": "kept 4 of 24 visual tokens, selected at layers 0, 2",
@@ -732,3 +774,40 @@ def test_layer_0_cannot_be_frozen_and_a_sink_at_once() -> None:
     chain = {"method": "chain", "steps": [shallow, {"method": "shortv", "frozen_layers": [0]}]}
     with pytest.raises(UnsupportedCallError, match="leave layer 0 out of 'frozen_layers'"):
         model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=chain)
+
+
+def test_rows_that_sit_a_layer_out_have_no_place_in_its_cache() -> None:
+    model, (rows, visual) = make_model(2), make_prompt("three images with text between")
+    vica, last = {"method": "vica", "layers": [0, 1, 3, 6]}, {"method": "yopo", "last": 3}
+    first = {"method": "divprune", "keep": 3}
+
+    def run(config, rows, visual):
+        options = {"pruning_config": config, "max_new_tokens": 5, **GREEDY}
+        output = model.generate(inputs_embeds=rows[None], visual_mask=visual[None], **options)
+        return output, model.last_pruning_traces[0]
+
+    output, trace = run({"method": "chain", "steps": [first, vica, last]}, rows, visual)
+    text, three = int((~visual).sum()), 3 * len(trace.image_spans)
+    expected = [text + three * (layer in (0, 1, 3)) for layer in range(8)]
+    assert trace.rows_per_layer == expected and trace.updated_rows_per_layer == [text] * 8
+    assert trace.visual_rows_read == [rows - text for rows in expected]
+    assert [layer.get_seq_length() for layer in output.past_key_values.layers] == [rows + 4 for rows in expected]
+    # Rows were numbered anew before: decoded tokens go on where the shorter prompt's would.
+    left = ~visual
+    left[run(first, rows, visual)[1].kept_positions] = True
+    shorter, _ = run({"method": "chain", "steps": [vica, last]}, rows[left], visual[left])
+    assert output.sequences.tolist() == shorter.sequences.tolist()
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(shorter.logits), atol=1e-4, rtol=0)
+
+
+def test_yopo_is_vtw_counted_from_the_end_and_st3_takes_equal_steps() -> None:
+    model, (rows, visual) = make_model(8), make_prompt("image in the middle")
+    logits = [
+        model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=config).logits
+        for config in ({"method": "yopo"}, {"method": "yopo", "last": 2}, {"method": "vtw", "layer": 6})
+    ]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config={"method": "st3", "keep": 3})
+    assert model.last_pruning_traces[0].rows_per_layer == [len(rows) - 3 * layer for layer in range(8)]
+    assert methods.ViCA().reading_layers(32) == {0, 1, 7, 8, 9, 10, 11, 14}
+    assert methods.ViCA().reading_layers(12) == {0, 2, 3, 4, 5}

@@ -52,10 +52,14 @@ class Treatment:
         read: what text may read of it.
         update: False: visual rows give keys and values only. Their queries, output projection and MLP are not
             computed; their states go on unchanged.
+        present: False: visual rows sit the layer out. Nothing is computed for them, keys and values neither, so that
+            its cache holds none of them; text attends to text, with weights that sum to 1 over it, which is not what
+            `Read.NO_IMAGE` means. Behind it they are back, unchanged. The other two then say nothing.
     """
 
     read: Read = Read.ALL
     update: bool = True
+    present: bool = True
 
 
 class Cause(Enum):

@@ -143,7 +143,7 @@ class PruningRun:
         layers = self._adapter.layers
         for number, layer in enumerate(layers):
             on(layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True).remove)
-            if not all(plan.treatments[number].update for plan in self._plans):
+            if any(plan.treatments[number].present and not plan.treatments[number].update for plan in self._plans):
                 for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
                     on(part.register_forward_pre_hook(self._leave_frozen_out).remove)
                     on(part.register_forward_hook(self._give_frozen_zeros).remove)

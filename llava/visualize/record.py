@@ -215,7 +215,7 @@ class _Recorder:
         if len(state.samples) != 1:
             raise UserError(f"one prompt at a time can be recorded, without beams; this call has {len(state.samples)}")
         (sample,) = state.samples
-        gone = np.setdiff1d(sample.trace.visual_positions, sample.rows.positions)
+        gone = np.setdiff1d(sample.trace.visual_positions, sample.here.positions)
         return self.entering[~np.isin(self.entering, gone)]
 
     def _asked(self) -> list[tuple[int, int]]:
@@ -335,7 +335,7 @@ def _before_rotation(attention: Any, name: str) -> nn.Module:
 def _reading(layer: int, kwargs: dict[str, Any]) -> Read:
     """What a prune block lets this prompt read in `layer`."""
     state = kwargs.get("forward_state")
-    return Read.ALL if not isinstance(state, Prefill) else state.samples[0].plan.treatments[layer].read
+    return Read.ALL if not isinstance(state, Prefill) else state.samples[0].treatment(layer).read
 
 
 def _weights(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
