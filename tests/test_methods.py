@@ -669,14 +669,119 @@ def model_with(model, inputs, config):
     return run.traces[0]
 
 
+TILES_CONFIGS = {**TOWER_CONFIGS, "cdpruner": {"method": "cdpruner", "keep": 4, "relevance": "embeddings"}}
+
+
+@pytest.mark.parametrize("config", TILES_CONFIGS)
+@pytest.mark.parametrize("name", ["llava-next", "llava-next-mistral"])
+def test_tiles_are_chosen_among_crop_by_crop_and_their_lines_keep_their_ends(name, config) -> None:
+    model, inputs, knobs = family_model(name), FAMILIES[name].inputs(*BATCH), dict(TILES_CONFIGS[config])
+    if config == "scope":
+        knobs["keep"] = 13  # of the image, shared out among its crops
+    features = []
+    with model.model.multi_modal_projector.register_forward_hook(lambda *args: features.append(args[-1])):
+        entering = rows_of_images(model, inputs)
+    with prune(model, knobs) as run:
+        pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    every, newline = features[0].flatten(0, 1), model.model.image_newline  # [crops * 16, size]
+    states = model.model.vision_tower(
+        torch.cat([image[:count] for image, count in zip(inputs["pixel_values"], (3, 5, 3), strict=True)]),
+        output_hidden_states=True,
+    ).hidden_states[-2]
+    first_crop, images = 0, iter((3, 5, 3))
+    for number, trace in enumerate(run.traces):
+        rows = entering[number, entering.shape[1] - trace.num_rows :]
+        stays = torch.ones(trace.num_rows, dtype=torch.bool)
+        stays[trace.visual_positions] = False
+        made = rows.clone()
+        for start, stop in trace.image_spans:
+            (decision,) = trace.decisions
+            count = next(images)
+            # Which patch of which crop a row shows, by its value; none: it ends a line.
+            own = every[first_crop * 16 : (first_crop + count) * 16]
+            same = (rows[start:stop, None] == own).all(-1)
+            ends, patch = ~same.any(1), same.int().argmax(1)
+            assert torch.equal(rows[start:stop][ends], newline.expand(int(ends.sum()), -1)) and ends.any()
+            crop = torch.where(ends, -1, patch // 16)
+            goes_on = np.isin(np.arange(start, stop), decision.positions)
+            kept = [int(goes_on[(crop == one).numpy()].sum()) for one in range(count)]
+            shown = [int((crop == one).sum()) for one in range(count)]
+            assert goes_on[ends.numpy()].all()
+            if config == "holov":
+                assert sum(kept) == 6
+            elif config != "visionzip":
+                each = {"scope": 13 // count, "vispruner": 6, "cdpruner": 4}[config]
+                assert kept == [min(each, many) for many in shown]
+            stays[start:stop] = torch.from_numpy(goes_on)
+            if config == "visionzip":
+                project = model.model.multi_modal_projector
+                of = {key: dict(zip(decision.before, part, strict=True)) for key, part in decision.measured.items()}
+                sections: list[list[torch.Tensor]] = [[], [], [], []]
+                for one in range(count):
+                    places = [start + row for row in (crop == one).nonzero()[:, 0].tolist()]
+                    state = dict(zip(places, states[first_crop + one, 1 + patch[crop == one] % 16], strict=True))
+                    keeping = [place for place in places if of["dominant"][place]]
+                    merged = []
+                    for target in [place for place in places if place in decision.groups]:
+                        others = [member for member in decision.groups[target] if member != target]
+                        assert set(others) <= set(places) - set(keeping)
+                        mean = torch.stack([state[member] for member in others]).mean(0) if others else 0
+                        merged.append(project(state[target] + mean))
+                    class_row = project(states[first_crop + one, 0])
+                    assert len(keeping) == 3 and len(merged) == 3
+                    if one == 0:
+                        sections[0] += [class_row, *(rows[place] for place in keeping), *merged]
+                    else:
+                        sections[1] += keeping
+                        sections[2].append(class_row)
+                        sections[3] += merged
+                sections[1] += [start + row for row in ends.nonzero()[:, 0].tolist()]
+                sections[1] = [rows[place] for place in sorted(sections[1])]
+                zipped = torch.stack([row for section in sections for row in section])
+                stays[start:stop] = torch.arange(stop - start) < len(zipped)
+                made[start : start + len(zipped)] = zipped
+            first_crop += count
+        shorter = model.generate(inputs_embeds=made[stays][None], max_new_tokens=4, **GREEDY)
+        assert pruned.sequences[number, inputs["input_ids"].shape[1] :].tolist() == shorter.sequences[0].tolist()
+        logits = [torch.stack(output.logits, dim=1) for output in (pruned, shorter)]
+        torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+        assert trace.rows_per_layer == [int(stays.sum())] * LAYERS
+
+
+def test_the_class_tokens_attention_to_a_tile_is_that_of_its_own_crop() -> None:
+    model, inputs = family_model("llava-next"), FAMILIES["llava-next"].inputs((4, "image", 3, "image", 5))
+    with prune(model, {"method": "holov", "keep": 6}) as run:
+        model(**inputs)
+    eager = CLIPVisionModel(model.config.vision_config)
+    eager.load_state_dict(model.model.vision_tower.state_dict())
+    eager.set_attn_implementation("eager")
+    pixels = torch.cat([image[:count] for image, count in zip(inputs["pixel_values"], (3, 5), strict=True)])
+    weights = eager(pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
+    packed, _ = model.model.pack_image_features(
+        weights[..., None].split([3, 5]), inputs["image_sizes"], "default", torch.zeros(1)
+    )
+    measured = run.traces[0].decisions[0].measured["attention"]
+    torch.testing.assert_close(torch.from_numpy(measured), torch.cat(packed)[:, 0], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("config", TOWER_CONFIGS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families_without_a_class_token_or_with_tiles_are_refused_by_name(name, config) -> None:
-    if name in ("llava", "llava-mistral"):
-        pytest.skip("these have a CLIP tower and a crop an image")
-    expected = UnsupportedCallError if name.startswith("llava-next") else UnsupportedModelError
-    with pytest.raises(expected, match="crops" if expected is UnsupportedCallError else repr(config)):
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("llava-m", "llava-next"))])
+def test_families_without_a_class_token_are_refused_by_name(name, config) -> None:
+    if name == "llava":
+        pytest.skip("it has a CLIP tower")
+    with pytest.raises(UnsupportedModelError, match=repr(config)):
         model_with(family_model(name), FAMILIES[name].inputs((4, "image", 3)), TOWER_CONFIGS[config])
+
+
+def test_tiles_that_nobody_can_place_are_refused() -> None:
+    model, inputs = family_model("llava-next"), FAMILIES["llava-next"].inputs((4, "image", 3))
+    entering = rows_of_images(model, inputs)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    with (
+        pytest.raises(UnsupportedCallError, match=r"0 crops for 1 images.* needs pictures, not rows"),
+        prune(model, TOWER_CONFIGS["scope"], visual_mask=visual),
+    ):
+        model(inputs_embeds=entering)
 
 
 class Transfers(TorchDispatchMode):

@@ -81,8 +81,9 @@ class Keep:
         merge: states `[visual rows still there, hidden_size]` → states `[len(rows), hidden_size]` of those that go
             on, in the order of `rows`; None: they keep their own. Runs on the device.
         groups: for a kept row that stands for others after `merge`, index → the indices it stands for.
-        from_tower: instead of `merge`, pictures of the prompt → states `[len(rows), hidden_size]` of those that go on,
-            for rows that are made of what the vision tower saw. Before the decoder only.
+        from_tower: instead of `merge`, pictures of the prompt and the states that `merge` gets → states
+            `[len(rows), hidden_size]` of those that go on, for rows that are made of what the vision tower saw. Before
+            the decoder only.
         lent: those of `rows` whose places go to rows that stand for no patch (a class token). Their position is -1.
         cause: `SELECTION` chose among visual rows, `EXIT` lets all that are left go.
     """
@@ -91,7 +92,7 @@ class Keep:
     merge: Callable[[torch.Tensor], torch.Tensor] | None = None
     groups: Mapping[int, np.ndarray] | None = None
     cause: Cause = Cause.SELECTION
-    from_tower: Callable[[Sequence[Picture]], torch.Tensor] | None = None
+    from_tower: Callable[[Sequence[Picture], torch.Tensor], torch.Tensor] | None = None
     lent: np.ndarray | Sequence[int] = ()
 
     def __post_init__(self) -> None:

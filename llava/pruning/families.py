@@ -14,8 +14,10 @@ import torch
 import transformers
 from torch import nn
 from transformers import CLIPVisionModel, PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .errors import PruningConfigError, UnsupportedCallError, UnsupportedModelError
+from .tower import Tiles
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Family:
         flat_pixels: whether `pixel_values` are those of all prompts one behind the other, so that nothing but the
             placeholders says which prompt an entry belongs to.
         tower: given the model, the layer of its CLIP tower whose output the projector reads; None: no such tower.
+        tiles: given the model and the keyword arguments of its call, how the crops of every image lie in its rows;
+            None: they do not say.
     """
 
     visual_token_keys: tuple[str, ...] = ()
@@ -40,6 +44,7 @@ class Family:
     images: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
     flat_pixels: bool = False
     tower: Callable[[Any], Any] | None = None
+    tiles: Callable[[Any, Mapping[str, Any]], list[Tiles] | None] = lambda model, kwargs: None
 
 
 def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
@@ -57,6 +62,27 @@ def _clip_layer(model: Any) -> Any:
     return tower.encoder.layers[range(len(tower.encoder.layers) + 1)[selected] - 1]
 
 
+def _own_tiles(model: Any, kwargs: Mapping[str, Any]) -> list[Tiles] | None:
+    """Of this project's own classes, which lay tiles out themselves."""
+    images = kwargs.get("images")
+    if images is None:
+        return None
+    return [Tiles(*own) for own in model.tile_rows(images, kwargs.get("image_sizes"))]
+
+
+def _next_tiles(model: Any, kwargs: Mapping[str, Any]) -> list[Tiles] | None:
+    """Of LLaVA-NeXT: transformers' own packing, done with numbers in the place of features."""
+    sizes, config = kwargs.get("image_sizes"), model.config
+    if sizes is None or config.vision_feature_select_strategy != "default":
+        return None
+    side, grid = config.vision_config.image_size, config.image_grid_pinpoints
+    patches = (side // config.vision_config.patch_size) ** 2
+    counts = [image_size_to_num_patches(size, grid, side) for size in sizes]
+    numbers = [torch.arange(count * patches, dtype=torch.float32).view(count, patches, 1) for count in counts]
+    packed, _ = model.model.pack_image_features(numbers, sizes, "default", torch.tensor([-1.0]))
+    return [Tiles(count, patches, rows[:, 0].long().numpy()) for count, rows in zip(counts, packed, strict=True)]
+
+
 def _behind_deepstack(config: Any) -> int:
     """Deepstack adds a visual feature to every visual row behind each of the first layers."""
     return len(config.vision_config.deepstack_visual_indexes)
@@ -69,7 +95,7 @@ _IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
 FAMILIES: dict[str, Family] = {
     "llava": Family(_IMAGE, images=_count_pictures, flat_pixels=True, tower=_clip_layer),
     # The newline rows inside an image have placeholders of their own, so they are visual too.
-    "llava_next": Family(_IMAGE, flat_pixels=True, tower=_clip_layer),
+    "llava_next": Family(_IMAGE, flat_pixels=True, tower=_clip_layer, tiles=_next_tiles),
     "llava_onevision": Family(_IMAGE_AND_VIDEO, flat_pixels=True),
     "internvl": Family(_IMAGE, flat_pixels=True),
     "smolvlm": Family(_IMAGE),
@@ -82,8 +108,8 @@ FAMILIES: dict[str, Family] = {
         row_kwargs=("visual_pos_masks",),
     ),
     # This project's own classes know their visual rows from the splice and hand them over as `visual_mask`.
-    "llava_llama": Family(tower=_clip_layer),
-    "llava_mistral": Family(tower=_clip_layer),
+    "llava_llama": Family(tower=_clip_layer, tiles=_own_tiles),
+    "llava_mistral": Family(tower=_clip_layer, tiles=_own_tiles),
     # Language models alone: the caller brings `inputs_embeds` and says which rows are visual.
     "llama": Family(),
     "mistral": Family(),

@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
 from .cache import CacheLease, RaggedLayer, make_ragged
+from .decisions import BEFORE_DECODER
 from .decode import Decoding
 from .errors import UnsupportedCallError
 from .families import Adapter, adapter_for
@@ -39,7 +40,7 @@ from .generation import Generation, refuse_unsupported
 from .method import Method
 from .prefill import Plan, Prefill, Sample
 from .rows import Rows
-from .tower import TowerWatch
+from .tower import TowerWatch, crops_of
 from .trace import PruningTrace
 
 ATTENTION_NAME = "visual_token_pruning"
@@ -111,6 +112,7 @@ class PruningRun:
         self._lock = lock
         self._generation, self._is_generating = Generation(), False
         self._call = _ModelCall()
+        self._given: Mapping[str, Any] = {}  # keywords of the call in progress, which say how tiles lie
         self._forward: tuple[Prefill | Decoding | None, int] | None = None  # the one in progress, and its thread
         self._leases: weakref.WeakSet[CacheLease] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
@@ -183,17 +185,18 @@ class PruningRun:
             refuse_unsupported(self._adapter.model, given)
             self._adapter.refuse_wrong_copies(generation.copies, given)
         with self._lock:  # another thread may generate inside the same block
-            self._generation, self._is_generating = generation, True
+            self._generation, self._is_generating, self._given = generation, True, given
             self._forget_pictures()
             try:
                 yield
             finally:
-                self._generation, self._is_generating = Generation(), False
+                self._generation, self._is_generating, self._given = Generation(), False, {}
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not self._is_generating:  # else the tower may have run already
             self._forget_pictures()
+            self._given = kwargs
         visual = None
         if input_ids is not None and input_ids.shape[1] > 0 and kwargs.get("inputs_embeds") is None:
             visual = self._adapter.visual_mask(input_ids)
@@ -288,14 +291,25 @@ class PruningRun:
             self._adapter.decoder.rotary_emb,
             self._adapter.decoder.norm,
         )
-        if self._tower is not None:
-            firsts = samples[::copies]
-            for sample, pictures in zip(firsts, self._tower.take(self.traces, copies), strict=True):
-                sample.pictures = pictures
+        self._show_pictures(samples[::copies], copies)
         for name in self._adapter.family.row_kwargs:
             if kwargs.get(name) is not None:
                 kwargs[name] = state.pack(kwargs[name])
         return state
+
+    def _show_pictures(self, samples: Sequence[Sample], copies: int) -> None:
+        """Give what methods see before the decoder: how crops lie in the rows, and what the tower made of them."""
+        if not any(BEFORE_DECODER in sample.plan.looks for sample in samples):
+            return
+        tiles, traces = self._adapter.family.tiles(self._adapter.model, self._given), self.traces
+        if not self._is_generating:
+            self._given = {}
+        if self._tower is not None:
+            for sample, pictures in zip(samples, self._tower.take(traces, copies, tiles), strict=True):
+                sample.pictures, sample.crops = pictures, [picture.crop for picture in pictures]
+        elif tiles is not None:
+            for sample, crops in zip(samples, crops_of(traces, tiles) or [], strict=False):
+                sample.crops = crops
 
     def _sample(self, rows: Rows, which: int, images: list[tuple[int, int]], call: _ModelCall) -> Sample:
         """One prompt under plan number `which`; one that nothing can be pruned in is dense."""

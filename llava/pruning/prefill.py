@@ -20,7 +20,7 @@ from .decisions import BEFORE_DECODER, Cause, Keep, Treatment
 from .errors import UnsupportedCallError
 from .method import Method
 from .rows import Rows
-from .tower import Picture
+from .tower import Crop, Picture
 from .trace import Decision, PruningTrace
 from .view import Attended, ComingLayer, View
 
@@ -71,6 +71,7 @@ class Sample:
     attended: Attended | None = None
     original: Sample | None = None
     pictures: Sequence[Picture] = ()
+    crops: Sequence[Crop] | None = None
     gap: int = 0
     here: Rows = field(init=False)
 
@@ -213,6 +214,7 @@ class Prefill:
                 self._coming(layer + 1, segment),
                 sample.pictures if layer == BEFORE_DECODER else (),
                 self.final_norm,
+                sample.crops if layer == BEFORE_DECODER else None,
             )
             if measured := method.measure(view):
                 measures[number] = dict(measured)
@@ -286,11 +288,12 @@ class Prefill:
                 sample.gap = 0 if renumbered[number] else sample.gap + len(rows.visual) - len(keep.rows)
                 left, source = rows.keeping(keep.rows)
                 left.positions = keep.positions(rows.positions)
-                if keep.from_tower is not None:
-                    made = keep.from_tower((sample.original or sample).pictures)
-                    merged.append((sum(len(source) for source in sources), left, made.to(hidden.device)))
-                elif keep.merge is not None:
-                    states = keep.merge(hidden[0, start : start + rows.count][rows.visual_index(hidden.device)])
+                if keep.from_tower is not None or keep.merge is not None:
+                    states = hidden[0, start : start + rows.count][rows.visual_index(hidden.device)]
+                    if keep.from_tower is not None:
+                        states = keep.from_tower((sample.original or sample).pictures, states).to(hidden.device)
+                    elif keep.merge is not None:
+                        states = keep.merge(states)
                     merged.append((sum(len(source) for source in sources), left, states))
                 sample.rows, sample.keep = left, None
             sources.append(source + start)

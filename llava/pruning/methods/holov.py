@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..by_picture import ByPicture, each_picture
+from ..by_picture import OF_PICTURE, ByPicture, each_picture
 from ..decisions import Keep
 from ..knobs import Choice, Count, Integer, knob
 from ..method import number_of, register
@@ -36,6 +36,8 @@ class HoloV(ByPicture):
     overflow: str = knob(Choice(("redistribute", "zeros")), "redistribute")
     order: str = knob(Choice(("raster", "published")), "raster")
 
+    pools_tiles = True
+
     def look(self, picture, rows):
         rows = rows.float()
         directions = rows / (rows.norm(dim=-1, keepdim=True) + EPSILON)
@@ -52,19 +54,23 @@ class HoloV(ByPicture):
             return None
         rows: list[int] = []
         lent: list[int] = []
-        for start, own in each_picture(measured):
+        ends = np.flatnonzero(measured[OF_PICTURE] < 0)  # of the lines of tiles; they stay in their places
+        for patches, own in each_picture(measured):
             kept = self._kept(own["attention"], own["diversity"])
-            missing = number_of(self.keep, len(own["attention"])) - len(kept)
+            missing = number_of(self.keep, len(patches)) - len(kept)
             # Rows of zeros need a place in the picture, and any patch that leaves has one.
-            places = np.setdiff1d(np.arange(len(own["attention"])), kept)[:missing]
-            rows += [*(start + kept), *(start + places)]
-            lent += [*(start + places)]
+            places = np.setdiff1d(np.arange(len(patches)), kept)[:missing]
+            rows += [*patches[kept], *patches[places]]
+            lent += [*patches[places]]
+
+        going = np.sort(np.array([*rows, *ends], dtype=np.int64))
+        going[~np.isin(going, ends)] = rows
 
         def zeros_behind(states: torch.Tensor) -> torch.Tensor:
-            stays = torch.from_numpy(~np.isin(rows, lent)).to(states)
-            return states[torch.tensor(rows).to(states.device)] * stays[:, None]
+            stays = torch.from_numpy(~np.isin(going, lent)).to(states)
+            return states[torch.from_numpy(going).to(states.device)] * stays[:, None]
 
-        return Keep(np.array(rows, dtype=np.int64), zeros_behind if lent else None, lent=lent)
+        return Keep(going, zeros_behind if lent else None, lent=lent)
 
     def _kept(self, attention: np.ndarray, diversity: np.ndarray) -> np.ndarray:
         """The patches of one picture that stay, in their order."""

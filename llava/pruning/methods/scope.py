@@ -22,7 +22,8 @@ class Scope(ByPicture):
     A patch is covered as much as the chosen one most like it; a candidate's gain is what it would add over all patches.
 
     Attributes:
-        keep: tokens an image, or a share of its patches, rounded half to even.
+        keep: tokens an image, of which each of its crops gets an equal part, rounded down; or a share of its patches,
+            rounded half to even.
         alpha: exponent of the attention; 0: coverage alone.
     """
 
@@ -34,7 +35,7 @@ class Scope(ByPicture):
         weight = attention**self.alpha
         covered, kept = torch.zeros_like(attention), torch.zeros_like(attention)
         first = gain = similar.clamp(min=0).sum(1)
-        count = number_of(self.keep, len(picture))
+        count = number_of(self.keep if isinstance(self.keep, float) else self.keep // picture.crop.of, len(picture))
         for step in range(count):
             left = gain.masked_fill(kept > 0, -torch.inf)
             score = torch.where(left.max() < EXHAUSTED * first.max(), attention, gain * weight)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ..by_picture import ByPicture, each_picture
+from ..by_picture import OF_IMAGE, OF_PICTURE, ByPicture, each_picture
 from ..decisions import Keep
 from ..errors import PruningConfigError
 from ..knobs import Integer, knob
 from ..method import register
 from ..tower import Picture
+from ..varlen import to_device
 
 
 @register("visionzip")
@@ -24,10 +25,12 @@ class VisionZip(ByPicture):
 
     Of the other patches, in raster order, every n-th is a target, and each of the rest goes to the target with the most
     similar keys. A target's row is its state plus the mean state of what went to it, as published; all states are those
-    before the projector.
+    before the projector. Of an image in tiles every crop is zipped by itself: the rows of the whole come first, then
+    what the tiles keep as it lies in the image with the rows that end its lines, their class tokens, and their targets.
 
     Attributes:
-        dominant: rows for the class token and the patches attended to most, at least 1 and at most an image's patches.
+        dominant: of each crop, rows for the class token and the patches attended to most, at least 1 and at most a
+            crop's patches.
         contextual: targets, at most as many as there are other patches. All rows together are never more than before.
     """
 
@@ -58,23 +61,35 @@ class VisionZip(ByPicture):
     def decide(self, layer, measured, trace):
         if not measured:
             return None
-        rows: list[int] = []
+        parts: list[tuple[np.ndarray, ...]] = []
         lent: list[int] = []
         groups: dict[int, np.ndarray] = {}
-        parts: list[tuple[np.ndarray, ...]] = []
-        for start, own in each_picture(measured):
+        # Of every row that is made: its image; the first crop's rows (0), what the others keep as it lies in the image
+        # (1), their class tokens (2), their targets (3); and the row whose place it takes.
+        made: list[tuple[int, int, int]] = []
+        for patches, own in each_picture(measured):
+            image = int(own[OF_IMAGE][0])
             dominant, target = np.flatnonzero(own["dominant"]), own["target"].astype(np.int64)
             targets = np.unique(target[target >= 0])
-            place = np.setdiff1d(np.arange(len(target)), [*dominant, *targets])[0]
-            rows += [start + place, *(start + dominant), *(start + targets)]
-            lent.append(start + place)
-            groups |= {int(start + one): start + np.flatnonzero(target == one) for one in targets}
+            lent.append(int(patches[np.setdiff1d(np.arange(len(target)), [*dominant, *targets])[0]]))
+            groups |= {int(patches[one]): patches[target == one] for one in targets}
             parts.append((dominant, targets, target))
+            is_whole = not made or made[-1][0] != image
+            sections = [2, *[1] * len(dominant), *[3] * len(targets)]
+            rows = [lent[-1], *patches[dominant], *patches[targets]]
+            made += [(image, 0 if is_whole else section, row) for section, row in zip(sections, rows, strict=True)]
+        ends = np.flatnonzero(measured[OF_PICTURE] < 0)  # of the lines of tiles
+        of_image = np.maximum.accumulate(measured[OF_IMAGE]).astype(np.int64)
+        made += [(int(of_image[end]), 1, int(end)) for end in ends]
+        order = sorted(range(len(made)), key=lambda one: (*made[one][:2], made[one][2] if made[one][1] == 1 else 0))
 
-        def zipped(pictures: Sequence[Picture]) -> torch.Tensor:
-            return torch.cat([_zipped_rows(picture, *own) for picture, own in zip(pictures, parts, strict=True)])
+        def zipped(pictures: Sequence[Picture], states: torch.Tensor) -> torch.Tensor:
+            zipped = [_zipped_rows(picture, *own) for picture, own in zip(pictures, parts, strict=True)]
+            as_it_was = states[to_device(torch.from_numpy(ends), torch.int64, states.device)]
+            together = torch.cat([*zipped, as_it_was.to(zipped[0])])
+            return together[to_device(torch.tensor(order), torch.int64, together.device)]
 
-        return Keep(np.array(rows), groups=groups, from_tower=zipped, lent=lent)
+        return Keep(np.array([made[one][2] for one in order]), groups=groups, from_tower=zipped, lent=lent)
 
 
 def _zipped_rows(picture: Picture, dominant: np.ndarray, targets: np.ndarray, target: np.ndarray) -> torch.Tensor:

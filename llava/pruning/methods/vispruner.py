@@ -24,7 +24,7 @@ class VisPruner(ByPicture):
     can change the choice. With `important` 1 this is FasterVLM.
 
     Attributes:
-        keep: tokens an image, or a share of its patches, rounded half to even.
+        keep: tokens an image, of one in tiles: of each of its crops; or a share of its patches, rounded half to even.
         important: share of them chosen by attention, 0 … 1, truncated.
     """
 
