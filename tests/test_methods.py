@@ -54,7 +54,7 @@ KNOBS = {
     "stride in the decoder": {"method": "stride", "keep": 0.4, "layer": 2},
     "chain": {
         "steps": [
-            {"method": "divprune", "keep": 5, "positions": "keep"},
+            {"method": "divprune", "keep": 5, "positions": "keep", "newlines": "pool"},
             {"method": "random", "keep": 3, "layer": 2, "seed": 0},
             {"method": "fastv", "layer": 4, "keep": 1},
         ]
@@ -154,6 +154,13 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "scope", "alpha": -0.1}, ["'alpha' is -0.1", "a number from 0"]),
         ({"method": "scope", "alpha": float("nan")}, ["'alpha' is nan"]),
         ({"method": "holov", "crops": 0}, ["'crops' is 0", "at least 1"]),
+        (
+            {"method": "holov", "order": "published", "positions": "keep"},
+            ["'positions' is 'keep'", "'order' 'published'"],
+        ),
+        ({"method": "divprune", "newlines": "drop"}, ["'newlines' is 'drop'", "stay"]),
+        ({"method": "cdpruner", "spread": "call"}, ["'spread' is 'call'", "prompt"]),
+        ({"method": "sparsevlm", "variant": ["v1"]}, ["'variant' is ['v1']"]),
         ({"method": "holov", "overflow": "drop"}, ["'overflow' is 'drop'", "redistribute"]),
         ({"method": "visionzip", "dominant": 0}, ["'dominant' is 0", "at least 1"]),
         ({"method": "visionzip", "contextual": -1}, ["'contextual' is -1"]),
@@ -669,7 +676,11 @@ def model_with(model, inputs, config):
     return run.traces[0]
 
 
-TILES_CONFIGS = {**TOWER_CONFIGS, "cdpruner": {"method": "cdpruner", "keep": 4, "relevance": "embeddings"}}
+TILES_CONFIGS = {
+    **TOWER_CONFIGS,
+    "cdpruner": {"method": "cdpruner", "keep": 4, "relevance": "embeddings"},
+    "divprune": {"method": "divprune", "keep": 6, "newlines": "stay"},
+}
 
 
 @pytest.mark.parametrize("config", TILES_CONFIGS)
@@ -707,7 +718,7 @@ def test_tiles_are_chosen_among_crop_by_crop_and_their_lines_keep_their_ends(nam
             kept = [int(goes_on[(crop == one).numpy()].sum()) for one in range(count)]
             shown = [int((crop == one).sum()) for one in range(count)]
             assert goes_on[ends.numpy()].all()
-            if config == "holov":
+            if config in ("holov", "divprune"):  # all tiles are one pool
                 assert sum(kept) == 6
             elif config != "visionzip":
                 each = {"scope": 13 // count, "vispruner": 6, "cdpruner": 4}[config]
@@ -746,6 +757,20 @@ def test_tiles_are_chosen_among_crop_by_crop_and_their_lines_keep_their_ends(nam
         logits = [torch.stack(output.logits, dim=1) for output in (pruned, shorter)]
         torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
         assert trace.rows_per_layer == [int(stays.sum())] * LAYERS
+
+
+@pytest.mark.parametrize("config", ["vispruner", "scope", "holov"])
+@pytest.mark.parametrize("name", ["llava", "llava-next"])
+def test_what_the_tower_chose_may_keep_its_positions(name, config) -> None:
+    model, inputs = family_model(name), FAMILIES[name].inputs(*BATCH)
+    with prune(model, {**TOWER_CONFIGS[config], "positions": "keep"}) as run:
+        pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    hidden = [Hidden.from_trace(trace, inputs["input_ids"].shape[1], LAYERS) for trace in run.traces]
+    with masks_hide(model, hidden):
+        reference = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    assert pruned.sequences.tolist() == reference.sequences.tolist()
+    torch.testing.assert_close(torch.stack(pruned.logits), torch.stack(reference.logits), atol=1e-4, rtol=0)
+    assert run.traces[0].rows_per_layer[0] < run.traces[0].num_rows
 
 
 def test_the_class_tokens_attention_to_a_tile_is_that_of_its_own_crop() -> None:

@@ -18,7 +18,7 @@ OF_PICTURE, OF_IMAGE = "picture", "image"
 
 
 class ByPicture(Method):
-    """A method that looks at each picture by itself. The prompt gets shorter, so its rows are numbered anew.
+    """A method that looks at each picture by itself.
 
     A picture is a crop, so of an image in tiles the whole and each tile are chosen among by themselves. Patches that
     show padding have no row and are no candidates; rows that end a line of tiles stay.
@@ -29,7 +29,6 @@ class ByPicture(Method):
 
     needs_tower = True
     pools_tiles = False
-    renumbers = True  # type: ignore[assignment]  # whatever its knobs
 
     def looks_behind(self, num_layers):
         return {BEFORE_DECODER}

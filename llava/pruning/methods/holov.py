@@ -9,7 +9,7 @@ import torch
 
 from ..by_picture import OF_PICTURE, ByPicture, each_picture
 from ..decisions import Keep
-from ..knobs import Choice, Count, Integer, knob
+from ..knobs import Choice, Count, Integer, knob, refuse
 from ..method import number_of, register
 
 ALPHA, EPSILON = 0.09, 1e-6
@@ -29,14 +29,22 @@ class HoloV(ByPicture):
         overflow: what a run cannot take of its share goes to others (`"redistribute"`), or becomes rows of zeros behind
             the picture's (`"zeros"`, as published).
         order: of the patches that stay, `"raster"`, or run by run by descending attention (`"published"`).
+        positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
+            their positions.
     """
 
     keep: int | float = knob(Count(), 64)
     crops: int = knob(Integer(least=1), 16)
     overflow: str = knob(Choice(("redistribute", "zeros")), "redistribute")
     order: str = knob(Choice(("raster", "published")), "raster")
+    positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     pools_tiles = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions == "keep" and self.order == "published":
+            refuse("positions", "keep", "'renumber' with 'order' 'published', which is not that of positions")
 
     def look(self, picture, rows):
         rows = rows.float()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..by_picture import ByPicture
-from ..knobs import Between, Count, knob
+from ..knobs import Between, Choice, Count, knob
 from ..method import number_of, register
 
 EXHAUSTED = 1e-6
@@ -25,10 +25,13 @@ class Scope(ByPicture):
         keep: tokens an image, of which each of its crops gets an equal part, rounded down; or a share of its patches,
             rounded half to even.
         alpha: exponent of the attention; 0: coverage alone.
+        positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
+            their positions.
     """
 
     keep: int | float = knob(Count(), 64)
     alpha: float = knob(Between(0), 1.0)
+    positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     def look(self, picture, rows):
         attention, similar = picture.class_weights.sum(0), picture.similarity()

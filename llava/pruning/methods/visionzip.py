@@ -37,6 +37,8 @@ class VisionZip(ByPicture):
     dominant: int = knob(Integer(least=1), 54)
     contextual: int = knob(Integer(), 10)
 
+    renumbers = True  # type: ignore[assignment]  # merged rows have no place of their own
+
     def look(self, picture, rows):
         count = len(picture)
         if self.dominant > count:
