@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from family_models import FAMILIES, LAYERS, family_model
+from family_models import FAMILIES, LAYERS, SIGLIP, family_model
 from family_reference import GREEDY, Hidden, masks_hide, states_restored
 from golden_runs import GoldenCase, golden_model
 from test_engine import make_model, make_prompt
 from test_families import copies_get_their_images
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import (
@@ -31,7 +32,9 @@ from llava.pruning import (
     methods,
     prune,
     register,
+    tower,
 )
+from llava.pruning.methods import cdpruner
 from llava.pruning.tower import Picture
 
 KNOBS = {
@@ -578,7 +581,7 @@ class ByClassToken(Method):
         return {-1}
 
     def measure(self, view):
-        return {"attention": torch.cat([picture.class_weights.mean(0) for picture in view.pictures])}
+        return {"attention": torch.cat([picture.attention.mean(0) for picture in view.pictures])}
 
     def decide(self, layer, measured, trace):
         return keep_best(measured["attention"], self.keep) if measured else None
@@ -684,7 +687,7 @@ TILES_CONFIGS = {
 
 
 @pytest.mark.parametrize("config", TILES_CONFIGS)
-@pytest.mark.parametrize("name", ["llava-next", "llava-next-mistral"])
+@pytest.mark.parametrize("name", ["llava-next", "llava-next-mistral", "llava-onevision"])
 def test_tiles_are_chosen_among_crop_by_crop_and_their_lines_keep_their_ends(name, config) -> None:
     model, inputs, knobs = family_model(name), FAMILIES[name].inputs(*BATCH), dict(TILES_CONFIGS[config])
     if config == "scope":
@@ -695,10 +698,11 @@ def test_tiles_are_chosen_among_crop_by_crop_and_their_lines_keep_their_ends(nam
     with prune(model, knobs) as run:
         pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
     every, newline = features[0].flatten(0, 1), model.model.image_newline  # [crops * 16, size]
+    has_class = name != "llava-onevision"
     states = model.model.vision_tower(
         torch.cat([image[:count] for image, count in zip(inputs["pixel_values"], (3, 5, 3), strict=True)]),
         output_hidden_states=True,
-    ).hidden_states[-2]
+    ).hidden_states[-2 if has_class else -1]
     first_crop, images = 0, iter((3, 5, 3))
     for number, trace in enumerate(run.traces):
         rows = entering[number, entering.shape[1] - trace.num_rows :]
@@ -728,26 +732,32 @@ def test_tiles_are_chosen_among_crop_by_crop_and_their_lines_keep_their_ends(nam
                 project = model.model.multi_modal_projector
                 of = {key: dict(zip(decision.before, part, strict=True)) for key, part in decision.measured.items()}
                 sections: list[list[torch.Tensor]] = [[], [], [], []]
+                in_place: dict[int, torch.Tensor] = {}
                 for one in range(count):
                     places = [start + row for row in (crop == one).nonzero()[:, 0].tolist()]
-                    state = dict(zip(places, states[first_crop + one, 1 + patch[crop == one] % 16], strict=True))
+                    state = dict(
+                        zip(places, states[first_crop + one, has_class + patch[crop == one] % 16], strict=True)
+                    )
                     keeping = [place for place in places if of["dominant"][place]]
-                    merged = []
-                    for target in [place for place in places if place in decision.groups]:
+                    targets, merged = [place for place in places if place in decision.groups], []
+                    for target in targets:
                         others = [member for member in decision.groups[target] if member != target]
                         assert set(others) <= set(places) - set(keeping)
                         mean = torch.stack([state[member] for member in others]).mean(0) if others else 0
                         merged.append(project(state[target] + mean))
                     class_row = project(states[first_crop + one, 0])
-                    assert len(keeping) == 3 and len(merged) == 3
-                    if one == 0:
-                        sections[0] += [class_row, *(rows[place] for place in keeping), *merged]
+                    assert len(keeping) == 4 - has_class and len(merged) == 3
+                    kept_rows = {place: rows[place] for place in keeping}
+                    if not has_class:
+                        in_place |= kept_rows | dict(zip(targets, merged, strict=True))
+                    elif one == 0:
+                        sections[0] += [class_row, *kept_rows.values(), *merged]
                     else:
-                        sections[1] += keeping
+                        in_place |= kept_rows
                         sections[2].append(class_row)
                         sections[3] += merged
-                sections[1] += [start + row for row in ends.nonzero()[:, 0].tolist()]
-                sections[1] = [rows[place] for place in sorted(sections[1])]
+                in_place |= {start + row: newline for row in ends.nonzero()[:, 0].tolist()}
+                sections[1] = [in_place[place] for place in sorted(in_place)]
                 zipped = torch.stack([row for section in sections for row in section])
                 stays[start:stop] = torch.arange(stop - start) < len(zipped)
                 made[start : start + len(zipped)] = zipped
@@ -789,13 +799,62 @@ def test_the_class_tokens_attention_to_a_tile_is_that_of_its_own_crop() -> None:
     torch.testing.assert_close(torch.from_numpy(measured), torch.cat(packed)[:, 0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("config", TOWER_CONFIGS)
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith(("llava-m", "llava-next"))])
-def test_families_without_a_class_token_are_refused_by_name(name, config) -> None:
-    if name == "llava":
-        pytest.skip("it has a CLIP tower")
-    with pytest.raises(UnsupportedModelError, match=repr(config)):
-        model_with(family_model(name), FAMILIES[name].inputs((4, "image", 3)), TOWER_CONFIGS[config])
+@pytest.mark.parametrize("name", ["llava", "llava-onevision"])
+def test_without_a_class_token_attention_is_what_a_patch_receives(name, monkeypatch) -> None:
+    monkeypatch.setattr(tower, "SCORE_CHUNK", 2 * 16 * 5)  # five rows ask at a time
+    if name == "llava":  # as LLaVA-Interleave has it
+        settings = {**FAMILIES[name].settings, "vision_config": SIGLIP, "vision_feature_layer": -1}
+        settings["vision_feature_select_strategy"] = "full"
+        model = replace(FAMILIES[name], settings=settings).build()
+    else:
+        model = family_model(name)
+    inputs = FAMILIES[name].inputs((4, "image", 3, "image", 5))
+    eager = SiglipVisionModel(model.config.vision_config)
+    eager.load_state_dict(model.model.vision_tower.state_dict())
+    eager.set_attn_implementation("eager")
+    pixels, newline = inputs["pixel_values"], torch.zeros(1)
+    if name == "llava-onevision":
+        pixels = torch.cat([image[:count] for image, count in zip(pixels, (3, 5), strict=True)])
+    received = eager(pixels, output_attentions=True).attentions[-1].mean((1, 2))[..., None]
+    if name == "llava-onevision":
+        packed, _ = model.model.pack_image_features(received.split([3, 5]), inputs["image_sizes"], newline)
+        received = torch.cat(packed)
+    for config, factor in (("holov", 1), ("scope", 2), ("vispruner", 1), ("visionzip", 2)):  # of two heads: mean or sum
+        with prune(model, TOWER_CONFIGS[config]) as run:
+            model(**inputs)
+        measured = torch.from_numpy(run.traces[0].decisions[0].measured["attention"])
+        torch.testing.assert_close(measured, factor * received.flatten(), atol=1e-6, rtol=0)
+        assert run.traces[0].rows_per_layer[0] < run.traces[0].num_rows
+
+
+@pytest.mark.parametrize("config", [*TOWER_CONFIGS.values(), {"method": "cdpruner", "relevance": "clip"}])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("llava")])
+def test_families_whose_rows_are_not_a_towers_patches_are_refused_by_name(name, config) -> None:
+    model = family_model(name)
+    if "relevance" in config:
+        config = {**config, "clip": "nowhere", "question": "?"}
+    words = f"{config['method']!r} needs .* CLIP or SigLIP.*{model.config.model_type!r} model has no .*'divprune'"
+    with pytest.raises(UnsupportedModelError, match=words), prune(model, config):
+        pass
+
+
+def test_relevance_by_clip_needs_the_tower_of_clip(monkeypatch) -> None:
+    monkeypatch.setattr(cdpruner, "joint_space", lambda folder: None)
+    config = {"method": "cdpruner", "relevance": "clip", "clip": "somewhere", "question": "?"}
+    with pytest.raises(UnsupportedCallError, match=r"'clip' needs the CLIP tower.* use relevance 'embeddings'"):
+        model_with(family_model("llava-onevision"), FAMILIES["llava-onevision"].inputs((4, "image", 3)), config)
+
+
+def test_an_image_that_is_scaled_down_behind_the_tower_is_refused(monkeypatch) -> None:
+    model, inputs = family_model("llava-onevision"), FAMILIES["llava-onevision"].inputs((4, "image", 3))
+    monkeypatch.setattr(model.model, "pack_image_features", partial(_halved, model.model.pack_image_features))
+    with pytest.raises(UnsupportedCallError, match="not scaled down"):
+        model_with(model, inputs, TOWER_CONFIGS["scope"])
+
+
+def _halved(pack, features, *args, **kwargs):
+    packed, lengths = pack(features, *args, **kwargs)
+    return [rows * 0.5 for rows in packed], lengths
 
 
 def test_tiles_that_nobody_can_place_are_refused() -> None:
@@ -825,7 +884,7 @@ def test_nothing_is_read_back_while_choosing(config) -> None:
     entering, states = torch.randn(2, 65, 32)
     picture = Picture(layer, torch.nn.Identity(), entering, states)
     rows = torch.randn(64, 16)
-    assert picture.class_weights.shape == (2, 64)
+    assert picture.attention.shape == (2, 64)
     with Transfers():
         measured = Method.from_any(TOWER_CONFIGS[config]).look(picture, rows)
     assert {part.shape for part in measured.values()} == {(64,)}
@@ -857,7 +916,9 @@ def test_overflow_of_a_run_goes_to_others_unless_rows_of_zeros_are_asked_for() -
 
 
 def test_a_tower_that_is_not_there_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="'class token' needs a vision tower with a class token"):
+    with pytest.raises(
+        UnsupportedModelError, match="'class token' needs the attention inside a CLIP or SigLIP vision tower"
+    ):
         prune(family_model("qwen2-vl"), ByClassToken()).__enter__()
     case = GoldenCase.load("a_pixels_smd_7b")
     rows, visual = case.rows()

@@ -107,7 +107,10 @@ class PruningRun:
         # Where nothing prunes, the model's own kernels run and only traces are kept.
         self._prunes = any(method is not None for method in methods)
         watching = [method.name for method in methods if method is not None and method.needs_tower]
-        self._tower = TowerWatch(adapter.tower_layer(watching[0]), adapter.projector) if watching else None
+        self._tower: TowerWatch | None = None
+        if watching:
+            layer = adapter.tower_layer(watching[0])
+            self._tower = TowerWatch(layer, adapter.projector, adapter.has_class_token)
         self._visual_mask = visual_mask
         self._lock = lock
         self._generation, self._is_generating = Generation(), False

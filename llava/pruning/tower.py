@@ -1,7 +1,8 @@
 """What the vision tower made of an image, for methods that choose before the decoder.
 
 A hook at the tower's layer that the language model reads keeps that layer's input and output while a call lasts.
-Attention of the class token and keys are computed from them when a method asks, for that one row and that one layer.
+Attention and keys are computed from them when a method asks: of the class token's row (CLIP), or, in a tower that has
+none (SigLIP), of all rows, a few at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .attention import SCORE_CHUNK
 from .errors import UnsupportedCallError
 from .trace import PruningTrace
 from .varlen import to_device
@@ -74,21 +76,29 @@ def crops_of(traces: Sequence[PruningTrace], tiles: Sequence[Tiles]) -> list[lis
 
 
 class Picture:
-    """One crop of an image as a CLIP-style tower sees it: a class token (row 0) and N patches.
+    """One crop of an image as a CLIP-style tower sees it: a class token (in row 0, if the tower has one) and N patches.
 
-    Patches that have no row in the prompt are left out of everything but the softmax of the class token's attention.
+    Patches that have no row in the prompt are left out of everything but the softmax of the attention.
 
     Attributes:
+        has_class: whether there is a class token.
         crop: which of the prompt's rows are its patches; None: all, of one image.
         flops: of the products that were made here for a method, two a multiply-add.
     """
 
     def __init__(
-        self, layer: Any, projector: nn.Module, entering: torch.Tensor, states: torch.Tensor, crop: Crop | None = None
+        self,
+        layer: Any,
+        projector: nn.Module,
+        entering: torch.Tensor,
+        states: torch.Tensor,
+        has_class: bool = True,
+        crop: Crop | None = None,
     ):
         self._layer, self._projector, self._entering = layer, projector, entering
-        self._states = states
-        self.crop = crop or Crop(0, 1, np.arange(len(states) - 1), np.arange(len(states) - 1))
+        self._states, self.has_class = states, has_class
+        every = np.arange(len(states) - has_class)
+        self.crop = crop or Crop(0, 1, every, every)
         self.flops = 0
 
     def __len__(self) -> int:
@@ -96,32 +106,42 @@ class Picture:
         return len(self.crop.patches)
 
     def _shown(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of `[..., 1 + all patches, size]`, the class token and the patches that have a row."""
-        if len(self) == rows.shape[-2] - 1:
-            return rows
-        index = torch.from_numpy(np.concatenate([[0], 1 + self.crop.patches]))
-        return rows.index_select(-2, to_device(index, torch.int64, rows.device))
+        """Of all rows of the tower `[..., rows, size]`, the patches that have a row in the prompt."""
+        patches = rows[..., int(self.has_class) :, :]
+        if len(self) == patches.shape[-2]:
+            return patches
+        return patches.index_select(-2, to_device(torch.from_numpy(self.crop.patches), torch.int64, rows.device))
 
     @cached_property
     def states(self) -> torch.Tensor:
-        """`[1 + N, hidden]`, the output of the layer that the projector reads."""
+        """`[N, hidden]`, the patches in the output of the layer that the projector reads."""
         return self._shown(self._states)
+
+    @property
+    def class_state(self) -> torch.Tensor:
+        """`[1, hidden]`, the class token in that output; `[0, hidden]` without one."""
+        return self._states[: int(self.has_class)]
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """Keys of that layer, `[heads, 1 + N, head_dim]`."""
+        """The patches' keys of that layer, `[heads, N, head_dim]`."""
         return self._shown(self._every_key)
 
     @cached_property
-    def class_weights(self) -> torch.Tensor:
-        """What the class token puts on the patches, float32 `[heads, N]`, after a softmax over all rows."""
-        query = self._heads("q_proj", self._normed[:1]).float()
-        scores = self.product(query, self._every_key.float().transpose(1, 2)) * self._layer.self_attn.scale
-        return self._shown(torch.softmax(scores, dim=-1).transpose(1, 2))[:, 1:, 0]
+    def attention(self) -> torch.Tensor:
+        """What the class token puts on the patches, float32 `[heads, N]`, after a softmax over all rows. Without one:
+        what each patch is given on average by all."""
+        asking = self._normed[:1] if self.has_class else self._normed
+        query, keys = self._heads("q_proj", asking).float(), self._every_key.float().transpose(1, 2)
+        given = torch.zeros_like(keys[:, 0])
+        for some in query.split(max(SCORE_CHUNK // (keys.shape[0] * keys.shape[2]), 1), dim=1):
+            scores = self.product(some, keys) * self._layer.self_attn.scale
+            given += torch.softmax(scores, dim=-1).sum(1)
+        return self._shown(given[..., None] / len(asking))[..., 0]
 
     def similarity(self) -> torch.Tensor:
         """Cosines of the patches' states, float32 `[N, N]`."""
-        directions = functional.normalize(self.states[1:].float(), dim=-1)
+        directions = functional.normalize(self.states.float(), dim=-1)
         return self.product(directions, directions.T)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
@@ -154,7 +174,7 @@ class Picture:
 class Mosaic:
     """The crops of one image as one picture, for methods that pool them: patches in the order of their rows.
 
-    Attention is each crop's own, after a softmax over that crop.
+    Attention is each crop's own.
     """
 
     def __init__(self, pictures: Sequence[Picture]):
@@ -162,8 +182,8 @@ class Mosaic:
         order = np.argsort(rows)
         self.crop = Crop(pictures[0].crop.image, 1, rows[order], order)
         self.product = pictures[0].product
-        weights = torch.cat([picture.class_weights for picture in pictures], dim=1)
-        self.class_weights = weights[:, to_device(torch.from_numpy(order), torch.int64, weights.device)]
+        weights = torch.cat([picture.attention for picture in pictures], dim=1)
+        self.attention = weights[:, to_device(torch.from_numpy(order), torch.int64, weights.device)]
 
     def __len__(self) -> int:
         return len(self.crop.rows)
@@ -172,8 +192,8 @@ class Mosaic:
 class TowerWatch:
     """Keeps what one tower layer got and gave, until the prefill that it was for takes it."""
 
-    def __init__(self, layer: Any, projector: nn.Module):
-        self._layer, self._projector = layer, projector
+    def __init__(self, layer: Any, projector: nn.Module, has_class: bool):
+        self._layer, self._projector, self._has_class = layer, projector, has_class
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def install(self) -> Callable[[], None]:
@@ -201,7 +221,7 @@ class TowerWatch:
         """
         seen, self._seen = self._seen, []
         pairs = [pair for batch in seen for pair in zip(*batch, strict=True)]
-        patches, rows = len(pairs[0][1]) - 1 if pairs else 1, sum(trace.num_visual for trace in traces)
+        patches, rows = len(pairs[0][1]) - self._has_class if pairs else 1, sum(trace.num_visual for trace in traces)
         if tiles is None:
             tiles = [Tiles(1, patches, np.arange(patches))] * (rows // patches)
         crops, count = crops_of(traces, tiles), sum(image.count for image in tiles)
@@ -211,11 +231,14 @@ class TowerWatch:
             images = sum(len(trace.image_spans) for trace in traces)
             raise UnsupportedCallError(
                 f"the vision tower saw {len(pairs)} crops for {images} images of {rows} rows; this method needs "
-                "pictures, not rows, and has to know how tiles lie in the prompt: one crop an image and one row a "
-                "patch, or tiles of LLaVA-1.6 with their image_sizes"
+                "pictures, not rows or videos, and has to know how tiles lie in the prompt: one crop an image and one "
+                "row a patch, or tiles of LLaVA-1.6 or OneVision with their image_sizes, not scaled down"
             )
         one_by_one = iter(pairs)
-        return [[Picture(self._layer, self._projector, *next(one_by_one), crop) for crop in own] for own in crops]
+        return [
+            [Picture(self._layer, self._projector, *next(one_by_one), self._has_class, crop) for crop in own]
+            for own in crops
+        ]
 
 
 def _by_image(pairs: list, tiles: Sequence[Tiles], copies: int) -> Iterator[list]:

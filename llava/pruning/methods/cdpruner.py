@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from ..clip import joint_space
 from ..decisions import BEFORE_DECODER, Keep
-from ..errors import PruningConfigError
+from ..errors import PruningConfigError, UnsupportedCallError
 from ..knobs import Choice, Count, knob
 from ..method import Method, number_of, register
 from ..varlen import to_device
@@ -107,11 +107,16 @@ class CDPruner(Method):
         if self.relevance == "none":
             return 1.0
         if self.clip is not None and self.question is not None:
-            patches = view.pictures[number].states[1:]
+            picture = view.pictures[number]
+            if not picture.has_class:
+                raise UnsupportedCallError(
+                    "relevance 'clip' needs the CLIP tower of its checkpoint; this model's tower is a SigLIP, without "
+                    "class token: use relevance 'embeddings' or 'none'"
+                )
             space = joint_space(self.clip).to(rows.device)
             question = space.text(self.question)
             view.trace.projection_flops += space.flops(len(rows), len(question))
-            return space.relevance(patches, question)
+            return space.relevance(picture.states, question)
         text = view.hidden[view.text[view.rows.visual[0] :]]  # every row before the first visual one is text
         return normalize(rows.float(), dim=1) @ normalize(text.float(), dim=1).mean(0)
 

@@ -55,7 +55,7 @@ class HoloV(ByPicture):
             similar = picture.product(run, run.T).fill_diagonal_(0)
             mean = similar.sum(1, keepdim=True) / others
             diversity.append(((similar - mean) ** 2).sum(1) / others)
-        return {"attention": picture.class_weights.mean(0), "diversity": torch.cat(diversity)}
+        return {"attention": picture.attention.mean(0), "diversity": torch.cat(diversity)}
 
     def decide(self, layer, measured, trace):
         if not measured:

@@ -34,7 +34,7 @@ class Scope(ByPicture):
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     def look(self, picture, rows):
-        attention, similar = picture.class_weights.sum(0), picture.similarity()
+        attention, similar = picture.attention.sum(0), picture.similarity()
         weight = attention**self.alpha
         covered, kept = torch.zeros_like(attention), torch.zeros_like(attention)
         first = gain = similar.clamp(min=0).sum(1)

@@ -27,6 +27,7 @@ class VisionZip(ByPicture):
     similar keys. A target's row is its state plus the mean state of what went to it, as published; all states are those
     before the projector. Of an image in tiles every crop is zipped by itself: the rows of the whole come first, then
     what the tiles keep as it lies in the image with the rows that end its lines, their class tokens, and their targets.
+    In a tower without a class token, attention is what a patch receives, and all rows stay in their places.
 
     Attributes:
         dominant: of each crop, rows for the class token and the patches attended to most, at least 1 and at most a
@@ -45,20 +46,21 @@ class VisionZip(ByPicture):
             raise PruningConfigError(
                 f"pruning config: 'dominant' is {self.dominant}; it must be at most {count}, the patches of an image"
             )
-        attention = picture.class_weights.sum(0)
+        attention = picture.attention.sum(0)
         order = attention.argsort(descending=True, stable=True)
-        others = order[self.dominant - 1 :].sort().values
+        others = order[self.dominant - picture.has_class :].sort().values
         # The class token's row takes the place of a patch that goes, so one of them is no target.
-        contextual = min(self.contextual, len(others) - 1)
+        contextual = min(self.contextual, len(others) - picture.has_class)
         dominant = torch.ones_like(attention).index_fill_(0, others, 0)
         target = torch.full_like(attention, -1)
         if contextual:
             targets = others[:: max(1, len(others) // contextual)][:contextual]
-            keys = functional.normalize(picture.keys[:, 1:].float().mean(0), dim=-1)
+            keys = functional.normalize(picture.keys.float().mean(0), dim=-1)
             nearest = picture.product(keys[others], keys[targets].T).argmax(dim=1)
             target[others] = targets[nearest].float()
             target[targets] = targets.float()
-        return {"attention": attention, "dominant": dominant, "target": target}
+        has_class = torch.full_like(attention, picture.has_class)
+        return {"attention": attention, "dominant": dominant, "target": target, "class": has_class}
 
     def decide(self, layer, measured, trace):
         if not measured:
@@ -73,13 +75,18 @@ class VisionZip(ByPicture):
             image = int(own[OF_IMAGE][0])
             dominant, target = np.flatnonzero(own["dominant"]), own["target"].astype(np.int64)
             targets = np.unique(target[target >= 0])
-            lent.append(int(patches[np.setdiff1d(np.arange(len(target)), [*dominant, *targets])[0]]))
+            goes = patches[np.setdiff1d(np.arange(len(target)), [*dominant, *targets])]
+            class_row = goes[: int(own["class"][0])].tolist()
+            lent += class_row
             groups |= {int(patches[one]): patches[target == one] for one in targets}
             parts.append((dominant, targets, target))
-            is_whole = not made or made[-1][0] != image
-            sections = [2, *[1] * len(dominant), *[3] * len(targets)]
-            rows = [lent[-1], *patches[dominant], *patches[targets]]
-            made += [(image, 0 if is_whole else section, row) for section, row in zip(sections, rows, strict=True)]
+            sections = [2] * len(class_row) + [1] * len(dominant) + [3] * len(targets)
+            if not class_row:  # nothing but patches, and all of them in their places
+                sections = [1] * len(sections)
+            elif not made or made[-1][0] != image:
+                sections = [0] * len(sections)
+            rows = [*class_row, *patches[dominant], *patches[targets]]
+            made += [(image, section, row) for section, row in zip(sections, rows, strict=True)]
         ends = np.flatnonzero(measured[OF_PICTURE] < 0)  # of the lines of tiles
         of_image = np.maximum.accumulate(measured[OF_IMAGE]).astype(np.int64)
         made += [(int(of_image[end]), 1, int(end)) for end in ends]
@@ -95,10 +102,11 @@ class VisionZip(ByPicture):
 
 
 def _zipped_rows(picture: Picture, dominant: np.ndarray, targets: np.ndarray, target: np.ndarray) -> torch.Tensor:
-    """`[rows, hidden_size]`: the class token's row, those of `dominant`, and those of `targets` with what they got."""
+    """`[rows, hidden_size]`: the class token's row if there is one, those of `dominant`, and those of `targets` with
+    what they got."""
     states = picture.states
     goes = (target == targets[:, None]) & (targets[:, None] != np.arange(len(target)))  # [targets, patches]
     shares = torch.from_numpy(goes / np.maximum(goes.sum(1, keepdims=True), 1)).to(states.device, torch.float32)
-    kept = torch.from_numpy(np.concatenate([[0], 1 + dominant])).to(states.device)
-    merged = states[torch.from_numpy(1 + targets).to(states.device)] + picture.product(shares, states[1:].float())
-    return picture.project(torch.cat([states[kept], merged.to(states.dtype)]))
+    kept = states[torch.from_numpy(dominant).to(states.device)]
+    merged = states[torch.from_numpy(targets).to(states.device)] + picture.product(shares, states.float())
+    return picture.project(torch.cat([picture.class_state, kept, merged.to(states.dtype)]))

@@ -35,7 +35,7 @@ class VisPruner(ByPicture):
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     def look(self, picture, rows):
-        attention = picture.class_weights.mean(0)
+        attention = picture.attention.mean(0)
         count = number_of(self.keep, len(picture))
         order = attention.argsort(descending=True, stable=True)
         by_attention = int(count * self.important)
