@@ -252,10 +252,10 @@ class Adapter:
         found = self.family.tower(self.model) if self.family.tower is not None else None
         if found is None:
             raise UnsupportedModelError(
-                f"method {method!r} needs the attention inside a CLIP or SigLIP vision tower whose patches are the "
-                f"decoder's rows one by one; this {self.model.config.model_type!r} model has no such tower, or merges "
-                "patches behind it; choose a method that looks at rows alone, such as 'divprune' or 'cdpruner' "
-                "(relevance 'embeddings' or 'none')"
+                f"method {method!r} needs a vision tower with a class token (CLIP), whose attention it looks at, or a "
+                "SigLIP tower (attention that patches receive), with patches that are the decoder's rows one by one; "
+                f"this {self.model.config.model_type!r} model has no such tower, or merges patches behind it; choose a "
+                "method that looks at rows alone, such as 'divprune' or 'cdpruner' (relevance 'embeddings' or 'none')"
             )
         return found
 

@@ -14,6 +14,7 @@ Decoding steps keep transformers' own layout (one row a sample) and read each la
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -151,7 +152,8 @@ class PruningRun:
             if any(plan.treatments[number].present and not plan.treatments[number].update for plan in self._plans):
                 for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
                     on(part.register_forward_pre_hook(self._leave_frozen_out).remove)
-                    on(part.register_forward_hook(self._give_frozen_zeros).remove)
+                    # First of all, so that others' hooks see every row.
+                    on(part.register_forward_hook(self._give_frozen_zeros, prepend=True).remove)
         on(layers[-1].register_forward_hook(self._after_last_layer).remove)
         for config in self._adapter.attention_configs:
             on(partial(setattr, config, "_attn_implementation", config._attn_implementation))
@@ -175,7 +177,8 @@ class PruningRun:
         model = self._adapter.model
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            given = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
+            by_place = inspect.signature(plain_generate).bind_partial(*args).arguments
+            given = {"input_ids": args[0] if args else kwargs.get("inputs"), **by_place, **kwargs}
             with self.generating(Generation.of(model, kwargs), given):
                 return plain_generate(*args, **kwargs)
 
@@ -303,6 +306,7 @@ class PruningRun:
     def _show_pictures(self, samples: Sequence[Sample], copies: int) -> None:
         """Give what methods see before the decoder: how crops lie in the rows, and what the tower made of them."""
         if not any(BEFORE_DECODER in sample.plan.looks for sample in samples):
+            self._forget_pictures()
             return
         tiles, traces = self._adapter.family.tiles(self._adapter.model, self._given), self.traces
         if not self._is_generating:

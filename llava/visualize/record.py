@@ -191,12 +191,13 @@ class _Recorder:
             raise UserError(f"one prompt at a time can be recorded, without beams; this call has {hidden.shape[0]}")
         recording = self.recording
         if layer == 0:
-            # Every row is there in layer 0, so its cache holds all that came before; position ids would not do,
-            # since a family may count a picture's rows otherwise.
-            cache = kwargs.get("past_key_values")
-            first = cache.get_seq_length(0) if cache is not None else 0
-            self.is_prefill = first == 0
-            self.entering = np.arange(first, first + hidden.shape[1])
+            # What came before is the prompt and what was decoded since; position ids would not do, since a family may
+            # count a picture's rows otherwise.
+            cache, state = kwargs.get("past_key_values"), kwargs.get("forward_state")
+            self.is_prefill = cache is None or cache.get_seq_length(0) == 0
+            count = state.samples[0].trace.num_rows if isinstance(state, Prefill) else hidden.shape[1]
+            first = 0 if self.is_prefill else int(self.entering[-1]) + 1
+            self.entering = np.arange(first, first + count)
             if self.is_prefill and hidden.shape[1] > recording.num_rows:
                 raise UserError(f"is_visual has {recording.num_rows} rows, but the prompt has {hidden.shape[1]}")
         positions = self._still_there(kwargs.get("forward_state"))
@@ -215,6 +216,11 @@ class _Recorder:
         if len(state.samples) != 1:
             raise UserError(f"one prompt at a time can be recorded, without beams; this call has {len(state.samples)}")
         (sample,) = state.samples
+        if (sample.here.positions < 0).any():
+            raise UserError(
+                "this method puts rows into the prompt that stand for no patch, so they have no place in a picture of "
+                "it; take another method to look at"
+            )
         gone = np.setdiff1d(sample.trace.visual_positions, sample.here.positions)
         return self.entering[~np.isin(self.entering, gone)]
 

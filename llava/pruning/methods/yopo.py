@@ -40,6 +40,7 @@ class YOPO(Method):
         return LEAVE if layer + 1 == self.first_without(len(trace.score_pairs)) else None
 
     def validate_for(self, num_layers, first_layer=0):
+        super().validate_for(num_layers, first_layer)
         if self.first_without(num_layers) < first_layer:
             most = num_layers - first_layer
             refuse(
@@ -47,4 +48,4 @@ class YOPO(Method):
                 self.last,
                 f"at most {most} for this model, whose image features join up to layer {first_layer - 1}",
             )
-        return super().validate_for(num_layers, first_layer)
+        return self
