@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from llava.pruning import Method, PruningTrace
+from llava.pruning import Method, PruningTrace, prune
 from llava.pruning.clip import JointSpace
 from llava.pruning.flops import counter_mapping
 from llava.pruning.methods import VTW, CDPruner, DivPrune, ShortV
@@ -190,6 +190,7 @@ def test_pictures_of_a_left_padded_batch_are_told_apart(name: str) -> None:
         ({"method": "vispruner", "keep": 20, "important": 0.9}, 20),
         ({"method": "holov", "keep": 90, "order": "published", "overflow": "zeros"}, 30),
         ({"method": "visionzip", "dominant": 28, "contextual": 5}, 33),
+        ({"method": "visionzip", "dominant": 570, "contextual": 0}, None),
         ({"method": "cdpruner", "keep": 10}, 10),
         ({"method": "cdpruner", "keep": 10, "relevance": "embeddings", "spread": "prompt"}, 10),
     ],
@@ -219,12 +220,49 @@ def test_several_images_in_tiles_in_a_left_padded_batch(config, each) -> None:
         assert traces[number].kept_positions == trace.kept_positions
         logits = [torch.stack(one.logits, dim=1) for one in (output, alone)]
         torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+    # The same inside a block, with everything given by its place.
+    with prune(model, config) as run:
+        model.generate(prompts[0][0][None], *prompts[0][1:], max_new_tokens=1)
+    assert run.traces[0].kept_positions == traces[0].kept_positions
+    if each is None:  # of the wide picture, a tile shows 20 of its 24 columns
+        assert [
+            trace.rows_per_layer[0] - int((own > 0).sum()) for trace, (own, *_) in zip(traces, prompts, strict=True)
+        ] == [
+            2 * (570 + 2 * 480) + 24 + 40,
+            570 + 1,
+            0,
+        ]
+        return
     # A wide picture of two tiles has 24 lines, a high one 40; a single crop ends in one newline.
     crop = config["keep"] if config["method"] in ("holov", "scope") else each
     images = [6 * each + 24 + 40, crop + 1, 0]
     assert [trace.rows_per_layer[0] for trace in traces] == [
         int((own > 0).sum()) + rows for (own, *_), rows in zip(prompts, images, strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"method": "scope", "keep": 100}, 2 * 25),
+        ({"method": "vispruner", "keep": 20}, 2 * 20),
+        ({"method": "holov", "keep": 90}, 90),
+        ({"method": "visionzip"}, 2 * 64),
+        ({"method": "cdpruner", "keep": 10}, 2 * 10),
+        ({"method": "divprune", "keep": 50, "newlines": "stay"}, 50),
+    ],
+)
+def test_tiles_that_show_padding_alone_have_nothing_to_choose_from(config, kept) -> None:
+    case = GoldenCase.load("scope__t100_anyres_2x1")
+    model = case.model
+    model.config.mm_patch_merge_type, model.config.image_grid_pinpoints = "spatial_unpad", [[1008, 336]]
+    pixels = torch.cat([case.pixels, case.pixels[:1]])
+    model.generate(
+        case.tensors["input_ids"], [pixels], [(300, 600)], pruning_config=config, max_new_tokens=1, do_sample=False
+    )
+    # Of three tiles in a row, the middle one shows all of a high picture. Each of the 24 lines keeps its end.
+    text = int((case.tensors["input_ids"] > 0).sum())
+    assert model.last_pruning_traces[0].rows_per_layer[0] == text + kept + 24
 
 
 def test_a_left_padded_batch_with_another_prompt_decides_as_each_alone(case: GoldenCase) -> None:

@@ -316,7 +316,7 @@ class PruningRun:
                 sample.pictures, sample.crops = pictures, [picture.crop for picture in pictures]
         elif tiles is not None:
             for sample, crops in zip(samples, crops_of(traces, tiles) or [], strict=False):
-                sample.crops = crops
+                sample.crops = [crop for crop in crops if len(crop.rows)]
 
     def _sample(self, rows: Rows, which: int, images: list[tuple[int, int]], call: _ModelCall) -> Sample:
         """One prompt under plan number `which`; one that nothing can be pruned in is dense."""

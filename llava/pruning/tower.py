@@ -105,6 +105,11 @@ class Picture:
         """N, the patches."""
         return len(self.crop.patches)
 
+    @property
+    def size(self) -> int:
+        """Patches of the crop, those that have no row among them."""
+        return len(self._states) - self.has_class
+
     def _shown(self, rows: torch.Tensor) -> torch.Tensor:
         """Of all rows of the tower `[..., rows, size]`, the patches that have a row in the prompt."""
         patches = rows[..., int(self.has_class) :, :]
@@ -235,10 +240,11 @@ class TowerWatch:
                 "row a patch, or tiles of LLaVA-1.6 or OneVision with their image_sizes, not scaled down"
             )
         one_by_one = iter(pairs)
-        return [
+        prompts = [
             [Picture(self._layer, self._projector, *next(one_by_one), self._has_class, crop) for crop in own]
             for own in crops
         ]
+        return [[picture for picture in own if len(picture)] for own in prompts]  # not those that show padding alone
 
 
 def _by_image(pairs: list, tiles: Sequence[Tiles], copies: int) -> Iterator[list]:

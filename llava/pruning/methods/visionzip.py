@@ -31,7 +31,7 @@ class VisionZip(ByPicture):
 
     Attributes:
         dominant: of each crop, rows for the class token and the patches attended to most, at least 1 and at most a
-            crop's patches.
+            crop's patches, of which a tile that shows padding may have fewer.
         contextual: targets, at most as many as there are other patches. All rows together are never more than before.
     """
 
@@ -41,17 +41,18 @@ class VisionZip(ByPicture):
     renumbers = True  # type: ignore[assignment]  # merged rows have no place of their own
 
     def look(self, picture, rows):
-        count = len(picture)
-        if self.dominant > count:
+        if self.dominant > picture.size:
             raise PruningConfigError(
-                f"pruning config: 'dominant' is {self.dominant}; it must be at most {count}, the patches of an image"
+                f"pruning config: 'dominant' is {self.dominant}; it must be at most {picture.size}, the patches of an "
+                "image"
             )
+        dominant = min(self.dominant, len(picture))
         attention = picture.attention.sum(0)
         order = attention.argsort(descending=True, stable=True)
-        others = order[self.dominant - picture.has_class :].sort().values
+        others = order[dominant - picture.has_class :].sort().values
         # The class token's row takes the place of a patch that goes, so one of them is no target.
         contextual = min(self.contextual, len(others) - picture.has_class)
-        dominant = torch.ones_like(attention).index_fill_(0, others, 0)
+        is_dominant = torch.ones_like(attention).index_fill_(0, others, 0)
         target = torch.full_like(attention, -1)
         if contextual:
             targets = others[:: max(1, len(others) // contextual)][:contextual]
@@ -60,7 +61,7 @@ class VisionZip(ByPicture):
             target[others] = targets[nearest].float()
             target[targets] = targets.float()
         has_class = torch.full_like(attention, picture.has_class)
-        return {"attention": attention, "dominant": dominant, "target": target, "class": has_class}
+        return {"attention": attention, "dominant": is_dominant, "target": target, "class": has_class}
 
     def decide(self, layer, measured, trace):
         if not measured:
