@@ -60,7 +60,10 @@ def _tower_layer(model: Any) -> Any:
         return None
     selected = getattr(model.config, "mm_vision_select_layer", getattr(model.config, "vision_feature_layer", -2))
     # Entry 0 of the hidden states is the embedding, entry i + 1 what layer i gave.
-    return tower.encoder.layers[range(len(tower.encoder.layers) + 1)[selected] - 1]
+    layers = getattr(
+        tower, "vision_model", tower
+    ).encoder.layers  # older versions of transformers wrap SigLIP once more
+    return layers[range(len(layers) + 1)[selected] - 1]
 
 
 def _own_tiles(model: Any, kwargs: Mapping[str, Any]) -> list[Tiles] | None:
