@@ -20,6 +20,10 @@ CASES = sorted(path.stem for path in (FOLDER / "cases").glob("*.json"))
 METHODS_FOLDER = Path(__file__).parent / "golden_methods"
 METHOD_CASES = sorted(path.stem for path in METHODS_FOLDER.glob("*.json"))
 
+# Whatever the config says, these codes lay tiles out without unpadding them and without newline rows, which is what
+# LLaVA calls "spatial"; that of CDPruner always as 2 x 2.
+SPATIAL = {"scope", "visionzip", "cdpruner"}
+
 
 def model_file(name: str) -> Path:
     """A file of a recorded model; those that only other methods need lie with their runs."""
@@ -80,6 +84,10 @@ class GoldenCase:
         if overrides := dict(self.facts.get("model_overrides", {})):
             newline = self.tensors[overrides.pop("image_newline").removeprefix("tensor ")]
             model = build_model(self.facts["model"], newline, scaled, **overrides)
+            if self.facts["method"] in SPATIAL:
+                side, (columns, rows) = 336, self.facts["input"]["grid"]
+                model.config.mm_patch_merge_type = "spatial"
+                model.config.image_grid_pinpoints = [[side * columns, side * rows]]
         else:
             model = golden_model(self.facts["model"], scaled)
         model.config._name_or_path = self.facts.get("name_or_path", "")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from family_models import FAMILIES, family_model
 from golden_runs import GoldenCase
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -122,6 +123,12 @@ POLICIES = {
         }
     },
     "shortv": {"config": {"method": "shortv", "frozen_layers": [0, 3, 4, 7]}},
+    "st3": {"config": {"method": "st3"}},
+    "yopo": {"config": {"method": "yopo"}},
+    "vica": {"config": {"method": "vica", "layers": [0, 2, 3, 5]}},
+    "vica behind divprune": {
+        "config": {"method": "chain", "steps": [{"method": "divprune", "keep": 7}, {"method": "vica"}]}
+    },
 }
 
 
@@ -160,8 +167,9 @@ def test_executed_equals_the_torch_counter(kv_heads, name, parts):
     ],
     ids=lambda config: config["method"],
 )
-def test_what_a_method_makes_of_the_towers_states_is_counted(config):
-    case = GoldenCase.load("scope__t101_two_images_alpha05")
+@pytest.mark.parametrize("name", ["scope__t101_two_images_alpha05", "scope__t100_anyres_2x1"])
+def test_what_a_method_makes_of_the_towers_states_is_counted(name, config):
+    case = GoldenCase.load(name)
     model = case.model
 
     def count(call):
@@ -175,6 +183,23 @@ def test_what_a_method_makes_of_the_towers_states_is_counted(config):
     (trace,) = model.last_pruning_traces
     assert trace.projection_flops > 0
     assert executed_flops(trace, DecoderShape.of(model)) == pytest.approx(whole - tower, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["vispruner", "scope", "holov", "visionzip"])
+def test_what_is_made_of_a_tower_without_a_class_token_is_counted(method):
+    model, inputs = family_model("llava-onevision"), FAMILIES["llava-onevision"].inputs((4, "image", 3))
+
+    def count(call):
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=counter_mapping()) as counter:
+            call()
+        angles = counter.get_flop_counts().get(f"{type(model).__name__}.model.language_model.rotary_emb", {})
+        return counter.get_total_flops() - sum(angles.values())
+
+    tower = count(lambda: model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]))
+    knobs = {"dominant": 5, "contextual": 3} if method == "visionzip" else {}
+    with prune(model, {"method": method, **knobs}) as run:
+        whole = count(lambda: model(**inputs, logits_to_keep=1))
+    assert executed_flops(run.traces[0], DecoderShape.of(model)) == pytest.approx(whole - tower, rel=1e-3)
 
 
 def test_savings_agree_with_counts_and_know_prompts_without_images():

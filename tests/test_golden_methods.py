@@ -6,6 +6,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from golden_runs import METHOD_CASES, GoldenCase, golden_model, model_file
@@ -14,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from llava.pruning import Method, PruningTrace
+from llava.pruning import Method, PruningTrace, prune
 from llava.pruning.clip import JointSpace
 from llava.pruning.flops import counter_mapping
 from llava.pruning.methods import VTW, CDPruner, DivPrune, ShortV
-from llava.pruning.methods.cdpruner import greedy_map, spread
+from llava.pruning.methods.cdpruner import spread
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 CALIBRATIONS = {"shortv__contribution", "vtw__findk_a", "vtw__findk_ga"}
@@ -50,7 +51,7 @@ def knobs(case: GoldenCase) -> dict:
     images = case.facts["input"].get("num_images", 1)
     if method == "vispruner":
         return {"method": method, "keep": given["visual_token_num"], "important": given["important_ratio"]}
-    if method == "scope":  # its budget is that of all images
+    if method == "scope":  # its budget is that of all images, and of all crops of one
         return {"method": method, "keep": given["num_token"] // images, "alpha": given["alpha"]}
     if method == "holov":
         published = {"overflow": "zeros", "order": "published"}
@@ -100,7 +101,8 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
         ours, recorded = kept["-1"], expected["kept_positions_after_layer"]["-1"]
         assert len(ours) == len(recorded) and len(set(ours) & set(recorded)) >= 0.75 * len(recorded)
         return
-    assert kept == expected["kept_positions_after_layer"]
+    # Of tiles, the patches of each crop are recorded instead; see below.
+    assert kept == (expected["kept_positions_after_layer"] or kept)
     assert output.sequences[0].tolist() == expected["generated_ids"][:new]
     logits = torch.stack(output.logits, dim=1)[0]
     torch.testing.assert_close(logits, case.tensors["logits"][:new], atol=1e-3, rtol=0)
@@ -124,16 +126,19 @@ def test_generation_equals_the_recorded_run(case: GoldenCase) -> None:
 @pytest.mark.parametrize("name", [name for name in METHOD_CASES if name.split("__")[0] in ON_THE_TOWER])
 def test_choices_before_the_decoder_are_the_recorded_ones_picture_by_picture(name: str) -> None:
     case = GoldenCase.load(name)
-    expected, method = case.facts["expected"], case.facts["method"]
-    case.model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=1, **GREEDY)
-    (decision,) = case.model.last_pruning_traces[0].decisions
+    expected, method, model = case.facts["expected"], case.facts["method"], case.model
+    model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=1, **GREEDY)
+    (decision,) = model.last_pruning_traces[0].decisions
     images, first = len(case.pixels), int(decision.before[0])
-    of = {key: torch.as_tensor(part).view(images, -1) for key, part in decision.measured.items()}
+    # The visual rows of each crop, which lie between each other in tiles.
+    of_crop = np.stack([np.flatnonzero(decision.measured["picture"] == image) for image in range(images)])
+    of = {key: torch.as_tensor(part[of_crop]) for key, part in decision.measured.items()}
     scores = of["score" if method == "scope" else "attention"]
     torch.testing.assert_close(scores, case.tensors["scores"], atol=1e-5, rtol=1e-5)
-    rows = (decision.positions - first).reshape(images, -1)
-    for image, own in enumerate(rows):
-        patches = (own[own >= 0] - image * 576).tolist()
+    rows, is_tiled = decision.positions - first, "crops" in case.facts["input"]
+    for image in range(images):
+        own = rows[np.isin(rows, of_crop[image])] if is_tiled else rows.reshape(images, -1)[image]
+        patches = np.searchsorted(of_crop[image], own[own >= 0]).tolist()
         if method == "scope":
             order = of["kept"][image].argsort(descending=True, stable=True)[: len(own)]
             assert order.tolist() == expected["selection_order"][image] and patches == expected["kept_patches"][image]
@@ -146,9 +151,9 @@ def test_choices_before_the_decoder_are_the_recorded_ones_picture_by_picture(nam
             assert len(own) - len(patches) == expected["zero_rows"][image]
         if method == "visionzip":
             targets = expected["contextual_target_patches"][image]
-            assert own[0] < 0 and patches == expected["dominant_patches"][image] + targets
-            start = first + image * 576
-            merged = [[one - start for one in decision.groups[start + target]] for target in targets]
+            assert (is_tiled or own[0] < 0) and patches == expected["dominant_patches"][image] + targets
+            members = [decision.groups[first + of_crop[image][target]] for target in targets]
+            merged = [np.searchsorted(of_crop[image] + first, own).tolist() for own in members]
             recorded = expected["merged_patches_per_target"][image]
             assert merged == [sorted([target, *own]) for target, own in zip(targets, recorded, strict=True)]
 
@@ -176,6 +181,88 @@ def test_pictures_of_a_left_padded_batch_are_told_apart(name: str) -> None:
     # Beams: the tower saw each picture once.
     model.generate(**case.inputs(), pruning_config=knobs(case), max_new_tokens=2, num_beams=2, do_sample=False)
     assert model.last_pruning_traces[0].kept_positions == traces[1].kept_positions
+
+
+@pytest.mark.parametrize(
+    ("config", "each"),
+    [
+        ({"method": "scope", "keep": 100}, 33),
+        ({"method": "vispruner", "keep": 20, "important": 0.9}, 20),
+        ({"method": "holov", "keep": 90, "order": "published", "overflow": "zeros"}, 30),
+        ({"method": "visionzip", "dominant": 28, "contextual": 5}, 33),
+        ({"method": "visionzip", "dominant": 570, "contextual": 0}, None),
+        ({"method": "cdpruner", "keep": 10}, 10),
+        ({"method": "cdpruner", "keep": 10, "relevance": "embeddings", "spread": "prompt"}, 10),
+    ],
+)
+def test_several_images_in_tiles_in_a_left_padded_batch(config, each) -> None:
+    case = GoldenCase.load("scope__t100_anyres_2x1")
+    model = case.model
+    model.config.mm_patch_merge_type = "spatial_unpad"
+    model.config.image_grid_pinpoints = [[336, 672], [672, 336]]
+    wide, high = case.pixels, case.pixels.flip(2)
+    one = case.tensors["input_ids"][0]
+    two = torch.cat([one, torch.tensor([9]), one[one < 0], torch.tensor([7, 8])])  # another image and more text
+    prompts = [(two, [wide, high], [(500, 300), (300, 500)]), (one, [wide[:1]], [(300, 300)]), (one[one > 0], [], [])]
+    width = max(len(ids) for ids, *_ in prompts) + 1
+    ids, attention = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for number, (own, *_) in enumerate(prompts):
+        ids[number, -len(own) :], attention[number, -len(own) :] = own, 1
+    options = {"pruning_config": config, "max_new_tokens": 3, **GREEDY}
+    output = model.generate(
+        ids, [wide, high, wide[:1]], [(500, 300), (300, 500), (300, 300)], attention_mask=attention, **options
+    )
+    traces = model.last_pruning_traces
+    for number, (own, images, sizes) in enumerate(prompts):
+        alone = model.generate(own[None], images or None, sizes or None, **options)
+        (trace,) = model.last_pruning_traces
+        assert output.sequences[number].tolist() == alone.sequences[0].tolist()
+        assert traces[number].kept_positions == trace.kept_positions
+        logits = [torch.stack(one.logits, dim=1) for one in (output, alone)]
+        torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+    # The same inside a block, with everything given by its place.
+    with prune(model, config) as run:
+        model.generate(prompts[0][0][None], *prompts[0][1:], max_new_tokens=1)
+    assert run.traces[0].kept_positions == traces[0].kept_positions
+    if each is None:  # of the wide picture, a tile shows 20 of its 24 columns
+        assert [
+            trace.rows_per_layer[0] - int((own > 0).sum()) for trace, (own, *_) in zip(traces, prompts, strict=True)
+        ] == [
+            2 * (570 + 2 * 480) + 24 + 40,
+            570 + 1,
+            0,
+        ]
+        return
+    # A wide picture of two tiles has 24 lines, a high one 40; a single crop ends in one newline.
+    crop = config["keep"] if config["method"] in ("holov", "scope") else each
+    images = [6 * each + 24 + 40, crop + 1, 0]
+    assert [trace.rows_per_layer[0] for trace in traces] == [
+        int((own > 0).sum()) + rows for (own, *_), rows in zip(prompts, images, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"method": "scope", "keep": 100}, 2 * 25),
+        ({"method": "vispruner", "keep": 20}, 2 * 20),
+        ({"method": "holov", "keep": 90}, 90),
+        ({"method": "visionzip"}, 2 * 64),
+        ({"method": "cdpruner", "keep": 10}, 2 * 10),
+        ({"method": "divprune", "keep": 50, "newlines": "stay"}, 50),
+    ],
+)
+def test_tiles_that_show_padding_alone_have_nothing_to_choose_from(config, kept) -> None:
+    case = GoldenCase.load("scope__t100_anyres_2x1")
+    model = case.model
+    model.config.mm_patch_merge_type, model.config.image_grid_pinpoints = "spatial_unpad", [[1008, 336]]
+    pixels = torch.cat([case.pixels, case.pixels[:1]])
+    model.generate(
+        case.tensors["input_ids"], [pixels], [(300, 600)], pruning_config=config, max_new_tokens=1, do_sample=False
+    )
+    # Of three tiles in a row, the middle one shows all of a high picture. Each of the 24 lines keeps its end.
+    text = int((case.tensors["input_ids"] > 0).sum())
+    assert model.last_pruning_traces[0].rows_per_layer[0] == text + kept + 24
 
 
 def test_a_left_padded_batch_with_another_prompt_decides_as_each_alone(case: GoldenCase) -> None:
@@ -235,21 +322,18 @@ class RecordedRelevance(CDPruner):
     def relevance_of(self, number, rows, view):
         return self.recorded[number]
 
+    def spread_over(self, relevance, images):
+        return relevance  # as it was recorded
+
 
 @pytest.mark.parametrize("name", CDPRUNER)
 def test_cdpruner_chooses_as_recorded_given_the_recorded_relevance(name: str) -> None:
     case = GoldenCase.load(name)
     keep, orders = case.facts["config"]["visual_token_num"], case.facts["expected"]["selection_order"]
-    if "crops" in case.facts["input"]:  # published: 2 x 2 tiles whatever the picture's shape, each by itself
-        for rows, scores, order in zip(
-            case.model.encode_images(case.pixels), case.tensors["scores"], orders, strict=True
-        ):
-            chosen = greedy_map(rows, scores, keep)
-            assert chosen.argsort()[:keep].tolist() == order
-        return
     trace = assert_same_run(case, case.inputs(), RecordedRelevance(keep, recorded=case.tensors["scores"]))
-    order = trace.decisions[0].measured["order"].reshape(len(orders), -1)
-    assert order.argsort(kind="stable")[:, :keep].tolist() == orders
+    measured = trace.decisions[0].measured
+    for crop, order in enumerate(orders):
+        assert measured["order"][measured["picture"] == crop].argsort(kind="stable")[:keep].tolist() == order
 
 
 @pytest.fixture(scope="module")
@@ -291,18 +375,26 @@ def test_cdpruner_finds_the_recorded_relevance_in_clip(name: str, clip_folder: s
     # Published: from 0 to 1 over all pictures of a call.
     scores = spread(torch.stack(raw))
     torch.testing.assert_close(scores, case.tensors["scores"], atol=1e-5, rtol=0)
+    config = {"method": "cdpruner", "keep": keep, "relevance": "clip", "clip": clip_folder, "question": question}
+    assert_same_run(case, case.inputs(), {**config, "spread": "prompt"})
     if len(scores) == 1:
-        assert_same_run(case, case.inputs(), CDPruner(keep, "clip", clip_folder, question))
+        assert_same_run(case, case.inputs(), config)
 
 
-def assert_same_run(case: GoldenCase, inputs: dict, method: Method) -> PruningTrace:
+def assert_same_run(case: GoldenCase, inputs: dict, method: Method | dict) -> PruningTrace:
     """That a run before the decoder is the recorded one, by its rows, tokens and logits. Returns its trace."""
     expected, model = case.facts["expected"], case.model
     new = case.facts["max_new_tokens"]
     output = model.generate(**inputs, pruning_config=method, max_new_tokens=new, **GREEDY)
     (trace,) = model.last_pruning_traces
     assert trace.rows_per_layer == expected["rows_per_layer"]
-    assert trace.kept_positions == expected["kept_positions_after_layer"]["-1"]
+    if expected["kept_positions_after_layer"] is None:  # of tiles, the patches of each crop are recorded
+        crops, decision = trace.decisions[0].measured["picture"], trace.decisions[0]
+        for crop, patches in enumerate(expected["kept_patches"]):
+            rows = decision.before[crops == crop]
+            assert np.flatnonzero(np.isin(rows, decision.positions)).tolist() == patches
+    else:
+        assert trace.kept_positions == expected["kept_positions_after_layer"]["-1"]
     assert output.sequences[0].tolist() == expected["generated_ids"]
     held = [layer.get_seq_length() for layer in output.past_key_values.layers]
     assert held == expected["kv_len_per_layer_after_generation"]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from family_models import FAMILIES, LAYERS, family_model
+from family_models import FAMILIES, LAYERS, SIGLIP, family_model
 from family_reference import GREEDY, Hidden, masks_hide, states_restored
 from golden_runs import GoldenCase, golden_model
 from test_engine import make_model, make_prompt
 from test_families import copies_get_their_images
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning import (
@@ -31,7 +32,9 @@ from llava.pruning import (
     methods,
     prune,
     register,
+    tower,
 )
+from llava.pruning.methods import cdpruner
 from llava.pruning.tower import Picture
 
 KNOBS = {
@@ -39,7 +42,11 @@ KNOBS = {
     "dart": {"layer": 2, "keep": 5, "image_pivots": 1, "text_pivots": 2},
     "sparsevlm": {"variant": "v2", "layers": [1, 2], "keep": [0.5, 0.2], "heads": 2},
     "vtw": {"layer": 3},
+    "yopo": {"last": 5},
+    "st3": {"layer": 2, "stride": 2, "keep": 0.2},
     "shortv": {"frozen_layers": [0, 2, 3]},
+    "vica": {"layers": [0, 1, 2, 4]},
+    "vica without a list": {"method": "vica"},
     "random": {"keep": 5, "layer": 2},
     "random before the decoder": {"method": "random", "keep": 0.5},
     "pyramiddrop": {"layers": [1, 3], "keep": [0.5, 0.2], "positions": "keep"},
@@ -50,7 +57,7 @@ KNOBS = {
     "stride in the decoder": {"method": "stride", "keep": 0.4, "layer": 2},
     "chain": {
         "steps": [
-            {"method": "divprune", "keep": 5, "positions": "keep"},
+            {"method": "divprune", "keep": 5, "positions": "keep", "newlines": "pool"},
             {"method": "random", "keep": 3, "layer": 2, "seed": 0},
             {"method": "fastv", "layer": 4, "keep": 1},
         ]
@@ -117,6 +124,9 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "fastv", "keep": 1.5}, ["'keep' is 1.5", "between 0 and 1"]),
         ({"method": "random", "seed": "x"}, ["'seed' is 'x'"]),
         ({"method": "vtw", "layer": 2.0}, ["'layer' is 2.0"]),
+        ({"method": "yopo", "last": -1}, ["'last' is -1", "from 0 to L-1"]),
+        ({"method": "st3", "stride": 0}, ["'stride' is 0", "at least 1"]),
+        ({"method": "vica", "layers": [1, 1]}, ["'layers' is [1, 1]", "different"]),
         ({"method": "shortv", "frozen_layers": [1, 1]}, ["'frozen_layers' is [1, 1]", "different"]),
         ({"method": "shortv", "frozen_layers": 3}, ["'frozen_layers' is 3"]),
         ({"method": "pyramiddrop", "layers": [3, 2], "keep": [0.5, 0.2]}, ["'layers' is [3, 2]", "ascending"]),
@@ -147,6 +157,13 @@ def test_a_config_without_a_method_is_visipruner_as_published() -> None:
         ({"method": "scope", "alpha": -0.1}, ["'alpha' is -0.1", "a number from 0"]),
         ({"method": "scope", "alpha": float("nan")}, ["'alpha' is nan"]),
         ({"method": "holov", "crops": 0}, ["'crops' is 0", "at least 1"]),
+        (
+            {"method": "holov", "order": "published", "positions": "keep"},
+            ["'positions' is 'keep'", "'order' 'published'"],
+        ),
+        ({"method": "divprune", "newlines": "drop"}, ["'newlines' is 'drop'", "stay"]),
+        ({"method": "cdpruner", "spread": "call"}, ["'spread' is 'call'", "prompt"]),
+        ({"method": "sparsevlm", "variant": ["v1"]}, ["'variant' is ['v1']"]),
         ({"method": "holov", "overflow": "drop"}, ["'overflow' is 'drop'", "redistribute"]),
         ({"method": "visionzip", "dominant": 0}, ["'dominant' is 0", "at least 1"]),
         ({"method": "visionzip", "contextual": -1}, ["'contextual' is -1"]),
@@ -169,6 +186,20 @@ def test_what_cannot_be_used_is_one_clear_error(config, words) -> None:
             r"'frozen_layers' is \[3, 12\]; it must be a list of different layers from 0 to 11",
         ),
         ({"method": "random", "layer": 12}, "'layer' is 12"),
+        ({"method": "yopo", "last": 12}, "'last' is 12; it must be an integer from 0 to 11"),
+        ({"method": "st3", "layer": 12}, "'layer' is 12"),
+        ({"method": "vica", "layers": [12]}, r"'layers' is \[12\]"),
+        (
+            {"method": "chain", "steps": [{"method": "vica", "layers": [0, 3]}, {"method": "fastv", "layer": 3}]},
+            r"'chain': visual rows sit out layers \[2\], so a method cannot look at",
+        ),
+        (
+            {
+                "method": "chain",
+                "steps": [{"mode": ["shallow"], "shallow_mid_layer": 2}, {"method": "vica", "layers": [0]}],
+            },
+            "two steps differ in what text reads",
+        ),
         ({"method": "pyramiddrop"}, r"'layers' is \[8, 16, 24\]"),
         ({"method": "sparsevlm"}, r"'layers' is \[2, 6, 15\]"),
         ({"method": "schedule", "shallow_mid_layer": 2, "select_layer": 12, "keep": 3}, "'select_layer' is 12"),
@@ -210,6 +241,19 @@ def test_rows_that_a_model_still_needs_may_not_leave() -> None:
             prune(family_model("qwen3-vl"), config),
         ):
             pass
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"method": "yopo", "last": 6}, "'last' is 6; it must be at most 5 for this model"),
+        ({"method": "st3", "stride": 2}, "'layer' is 1; it must be at least 3 for this model"),
+        ({"method": "vica", "layers": [0, 2]}, r"may not sit out layers \[1\] of this model"),
+    ],
+)
+def test_layers_that_image_features_join_need_their_rows(config, words) -> None:
+    with pytest.raises(PruningConfigError, match=words), prune(family_model("qwen3-vl"), config):
+        pass
 
 
 def test_fastv_is_one_short_file_that_an_empty_registry_needs(registry) -> None:
@@ -482,12 +526,15 @@ def test_every_family_equals_a_full_length_run_of_the_unpatched_model(name, conf
     model, inputs, knobs = family_model(name), FAMILIES[name].inputs(*BATCH), CONFIGS[config]
     if FAMILIES[name].first_layer > 1 and config in BEFORE_THE_DECODER:
         pytest.skip("refused, see test_rows_that_a_model_still_needs_may_not_leave")
-    if FAMILIES[name].first_layer > 1 and config != "shortv" and config != "vtw":
+    if FAMILIES[name].first_layer > 1 and not config.startswith(("shortv", "vtw", "yopo", "vica")):
         knobs = {**knobs, **({"layers": [3, 4]} if "layers" in knobs else {"layer": 3})}
     with prune(model, knobs) as run:
         pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
     hidden = [Hidden.from_trace(trace, inputs["input_ids"].shape[1], LAYERS) for trace in run.traces]
-    frozen = knobs.get("frozen_layers", [])
+    treatments = Method.from_any(knobs).treatments(LAYERS)
+    frozen = [layer for layer, one in enumerate(treatments) if not (one.update and one.present)]
+    for prompt in hidden:  # rows that sit a layer out are hidden in it
+        prompt.gone[[layer for layer, one in enumerate(treatments) if not one.present]] |= prompt.visual
     with masks_hide(model, hidden), states_restored(model, hidden, frozen):
         reference = model.generate(**inputs, max_new_tokens=4, **GREEDY)
     assert pruned.sequences.tolist() == reference.sequences.tolist()
@@ -499,7 +546,8 @@ def test_every_family_equals_a_full_length_run_of_the_unpatched_model(name, conf
     assert (change[:2] > 1e-4).all() and change[2] < 1e-4
     for trace, prompt in zip(run.traces, hidden, strict=True):
         assert trace.rows_per_layer == (prompt.num_rows - prompt.gone.sum(1)).tolist()
-        updated = [rows - prompt.visual.sum() * (layer in frozen) for layer, rows in enumerate(trace.rows_per_layer)]
+        there = (prompt.visual & ~prompt.gone).sum(1)
+        updated = [rows - there[layer] * (layer in frozen) for layer, rows in enumerate(trace.rows_per_layer)]
         assert trace.updated_rows_per_layer == updated
 
 
@@ -533,7 +581,7 @@ class ByClassToken(Method):
         return {-1}
 
     def measure(self, view):
-        return {"attention": torch.cat([picture.class_weights.mean(0) for picture in view.pictures])}
+        return {"attention": torch.cat([picture.attention.mean(0) for picture in view.pictures])}
 
     def decide(self, layer, measured, trace):
         return keep_best(measured["attention"], self.keep) if measured else None
@@ -631,14 +679,193 @@ def model_with(model, inputs, config):
     return run.traces[0]
 
 
-@pytest.mark.parametrize("config", TOWER_CONFIGS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families_without_a_class_token_or_with_tiles_are_refused_by_name(name, config) -> None:
-    if name in ("llava", "llava-mistral"):
-        pytest.skip("these have a CLIP tower and a crop an image")
-    expected = UnsupportedCallError if name.startswith("llava-next") else UnsupportedModelError
-    with pytest.raises(expected, match="crops" if expected is UnsupportedCallError else repr(config)):
-        model_with(family_model(name), FAMILIES[name].inputs((4, "image", 3)), TOWER_CONFIGS[config])
+TILES_CONFIGS = {
+    **TOWER_CONFIGS,
+    "cdpruner": {"method": "cdpruner", "keep": 4, "relevance": "embeddings"},
+    "divprune": {"method": "divprune", "keep": 6, "newlines": "stay"},
+}
+
+
+@pytest.mark.parametrize("config", TILES_CONFIGS)
+@pytest.mark.parametrize("name", ["llava-next", "llava-next-mistral", "llava-onevision"])
+def test_tiles_are_chosen_among_crop_by_crop_and_their_lines_keep_their_ends(name, config) -> None:
+    model, inputs, knobs = family_model(name), FAMILIES[name].inputs(*BATCH), dict(TILES_CONFIGS[config])
+    if config == "scope":
+        knobs["keep"] = 13  # of the image, shared out among its crops
+    features = []
+    with model.model.multi_modal_projector.register_forward_hook(lambda *args: features.append(args[-1])):
+        entering = rows_of_images(model, inputs)
+    with prune(model, knobs) as run:
+        pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    every, newline = features[0].flatten(0, 1), model.model.image_newline  # [crops * 16, size]
+    has_class = name != "llava-onevision"
+    states = model.model.vision_tower(
+        torch.cat([image[:count] for image, count in zip(inputs["pixel_values"], (3, 5, 3), strict=True)]),
+        output_hidden_states=True,
+    ).hidden_states[-2 if has_class else -1]
+    first_crop, images = 0, iter((3, 5, 3))
+    for number, trace in enumerate(run.traces):
+        rows = entering[number, entering.shape[1] - trace.num_rows :]
+        stays = torch.ones(trace.num_rows, dtype=torch.bool)
+        stays[trace.visual_positions] = False
+        made = rows.clone()
+        for start, stop in trace.image_spans:
+            (decision,) = trace.decisions
+            count = next(images)
+            # Which patch of which crop a row shows, by its value; none: it ends a line.
+            own = every[first_crop * 16 : (first_crop + count) * 16]
+            same = (rows[start:stop, None] == own).all(-1)
+            ends, patch = ~same.any(1), same.int().argmax(1)
+            assert torch.equal(rows[start:stop][ends], newline.expand(int(ends.sum()), -1)) and ends.any()
+            crop = torch.where(ends, -1, patch // 16)
+            goes_on = np.isin(np.arange(start, stop), decision.positions)
+            kept = [int(goes_on[(crop == one).numpy()].sum()) for one in range(count)]
+            shown = [int((crop == one).sum()) for one in range(count)]
+            assert goes_on[ends.numpy()].all()
+            if config in ("holov", "divprune"):  # all tiles are one pool
+                assert sum(kept) == 6
+            elif config != "visionzip":
+                each = {"scope": 13 // count, "vispruner": 6, "cdpruner": 4}[config]
+                assert kept == [min(each, many) for many in shown]
+            stays[start:stop] = torch.from_numpy(goes_on)
+            if config == "visionzip":
+                project = model.model.multi_modal_projector
+                of = {key: dict(zip(decision.before, part, strict=True)) for key, part in decision.measured.items()}
+                sections: list[list[torch.Tensor]] = [[], [], [], []]
+                in_place: dict[int, torch.Tensor] = {}
+                for one in range(count):
+                    places = [start + row for row in (crop == one).nonzero()[:, 0].tolist()]
+                    state = dict(
+                        zip(places, states[first_crop + one, has_class + patch[crop == one] % 16], strict=True)
+                    )
+                    keeping = [place for place in places if of["dominant"][place]]
+                    targets, merged = [place for place in places if place in decision.groups], []
+                    for target in targets:
+                        others = [member for member in decision.groups[target] if member != target]
+                        assert set(others) <= set(places) - set(keeping)
+                        mean = torch.stack([state[member] for member in others]).mean(0) if others else 0
+                        merged.append(project(state[target] + mean))
+                    class_row = project(states[first_crop + one, 0])
+                    assert len(keeping) == 4 - has_class and len(merged) == 3
+                    kept_rows = {place: rows[place] for place in keeping}
+                    if not has_class:
+                        in_place |= kept_rows | dict(zip(targets, merged, strict=True))
+                    elif one == 0:
+                        sections[0] += [class_row, *kept_rows.values(), *merged]
+                    else:
+                        in_place |= kept_rows
+                        sections[2].append(class_row)
+                        sections[3] += merged
+                in_place |= {start + row: newline for row in ends.nonzero()[:, 0].tolist()}
+                sections[1] = [in_place[place] for place in sorted(in_place)]
+                zipped = torch.stack([row for section in sections for row in section])
+                stays[start:stop] = torch.arange(stop - start) < len(zipped)
+                made[start : start + len(zipped)] = zipped
+            first_crop += count
+        shorter = model.generate(inputs_embeds=made[stays][None], max_new_tokens=4, **GREEDY)
+        assert pruned.sequences[number, inputs["input_ids"].shape[1] :].tolist() == shorter.sequences[0].tolist()
+        logits = [torch.stack(output.logits, dim=1) for output in (pruned, shorter)]
+        torch.testing.assert_close(logits[0][number], logits[1][0], atol=1e-4, rtol=0)
+        assert trace.rows_per_layer == [int(stays.sum())] * LAYERS
+
+
+@pytest.mark.parametrize("config", ["vispruner", "scope", "holov"])
+@pytest.mark.parametrize("name", ["llava", "llava-next"])
+def test_what_the_tower_chose_may_keep_its_positions(name, config) -> None:
+    model, inputs = family_model(name), FAMILIES[name].inputs(*BATCH)
+    with prune(model, {**TOWER_CONFIGS[config], "positions": "keep"}) as run:
+        pruned = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    hidden = [Hidden.from_trace(trace, inputs["input_ids"].shape[1], LAYERS) for trace in run.traces]
+    with masks_hide(model, hidden):
+        reference = model.generate(**inputs, max_new_tokens=4, **GREEDY)
+    assert pruned.sequences.tolist() == reference.sequences.tolist()
+    torch.testing.assert_close(torch.stack(pruned.logits), torch.stack(reference.logits), atol=1e-4, rtol=0)
+    assert run.traces[0].rows_per_layer[0] < run.traces[0].num_rows
+
+
+def test_the_class_tokens_attention_to_a_tile_is_that_of_its_own_crop() -> None:
+    model, inputs = family_model("llava-next"), FAMILIES["llava-next"].inputs((4, "image", 3, "image", 5))
+    with prune(model, {"method": "holov", "keep": 6}) as run:
+        model(**inputs)
+    eager = CLIPVisionModel(model.config.vision_config)
+    eager.load_state_dict(model.model.vision_tower.state_dict())
+    eager.set_attn_implementation("eager")
+    pixels = torch.cat([image[:count] for image, count in zip(inputs["pixel_values"], (3, 5), strict=True)])
+    weights = eager(pixels, output_attentions=True).attentions[-2][:, :, 0, 1:].mean(1)
+    packed, _ = model.model.pack_image_features(
+        weights[..., None].split([3, 5]), inputs["image_sizes"], "default", torch.zeros(1)
+    )
+    measured = run.traces[0].decisions[0].measured["attention"]
+    torch.testing.assert_close(torch.from_numpy(measured), torch.cat(packed)[:, 0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-onevision"])
+def test_without_a_class_token_attention_is_what_a_patch_receives(name, monkeypatch) -> None:
+    monkeypatch.setattr(tower, "SCORE_CHUNK", 2 * 16 * 5)  # five rows ask at a time
+    if name == "llava":  # as LLaVA-Interleave has it
+        settings = {**FAMILIES[name].settings, "vision_config": SIGLIP, "vision_feature_layer": -1}
+        settings["vision_feature_select_strategy"] = "full"
+        model = replace(FAMILIES[name], settings=settings).build()
+    else:
+        model = family_model(name)
+    inputs = FAMILIES[name].inputs((4, "image", 3, "image", 5))
+    eager = SiglipVisionModel(model.config.vision_config)
+    eager.load_state_dict(model.model.vision_tower.state_dict())
+    eager.set_attn_implementation("eager")
+    pixels, newline = inputs["pixel_values"], torch.zeros(1)
+    if name == "llava-onevision":
+        pixels = torch.cat([image[:count] for image, count in zip(pixels, (3, 5), strict=True)])
+    received = eager(pixels, output_attentions=True).attentions[-1].mean((1, 2))[..., None]
+    if name == "llava-onevision":
+        packed, _ = model.model.pack_image_features(received.split([3, 5]), inputs["image_sizes"], newline)
+        received = torch.cat(packed)
+    for config, factor in (("holov", 1), ("scope", 2), ("vispruner", 1), ("visionzip", 2)):  # of two heads: mean or sum
+        with prune(model, TOWER_CONFIGS[config]) as run:
+            model(**inputs)
+        measured = torch.from_numpy(run.traces[0].decisions[0].measured["attention"])
+        torch.testing.assert_close(measured, factor * received.flatten(), atol=1e-6, rtol=0)
+        assert run.traces[0].rows_per_layer[0] < run.traces[0].num_rows
+
+
+@pytest.mark.parametrize("config", [*TOWER_CONFIGS.values(), {"method": "cdpruner", "relevance": "clip"}])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("llava")])
+def test_families_whose_rows_are_not_a_towers_patches_are_refused_by_name(name, config) -> None:
+    model = family_model(name)
+    if "relevance" in config:
+        config = {**config, "clip": "nowhere", "question": "?"}
+    words = f"{config['method']!r} needs .*class token.*SigLIP.*{model.config.model_type!r} model has no .*'divprune'"
+    with pytest.raises(UnsupportedModelError, match=words), prune(model, config):
+        pass
+
+
+def test_relevance_by_clip_needs_the_tower_of_clip(monkeypatch) -> None:
+    monkeypatch.setattr(cdpruner, "joint_space", lambda folder: None)
+    config = {"method": "cdpruner", "relevance": "clip", "clip": "somewhere", "question": "?"}
+    with pytest.raises(UnsupportedCallError, match=r"'clip' needs the CLIP tower.* use relevance 'embeddings'"):
+        model_with(family_model("llava-onevision"), FAMILIES["llava-onevision"].inputs((4, "image", 3)), config)
+
+
+def test_an_image_that_is_scaled_down_behind_the_tower_is_refused(monkeypatch) -> None:
+    model, inputs = family_model("llava-onevision"), FAMILIES["llava-onevision"].inputs((4, "image", 3))
+    monkeypatch.setattr(model.model, "pack_image_features", partial(_halved, model.model.pack_image_features))
+    with pytest.raises(UnsupportedCallError, match="not scaled down"):
+        model_with(model, inputs, TOWER_CONFIGS["scope"])
+
+
+def _halved(pack, features, *args, **kwargs):
+    packed, lengths = pack(features, *args, **kwargs)
+    return [rows * 0.5 for rows in packed], lengths
+
+
+def test_tiles_that_nobody_can_place_are_refused() -> None:
+    model, inputs = family_model("llava-next"), FAMILIES["llava-next"].inputs((4, "image", 3))
+    entering = rows_of_images(model, inputs)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    with (
+        pytest.raises(UnsupportedCallError, match=r"0 crops for 1 images.* needs pictures, not rows"),
+        prune(model, TOWER_CONFIGS["scope"], visual_mask=visual),
+    ):
+        model(inputs_embeds=entering)
 
 
 class Transfers(TorchDispatchMode):
@@ -657,7 +884,7 @@ def test_nothing_is_read_back_while_choosing(config) -> None:
     entering, states = torch.randn(2, 65, 32)
     picture = Picture(layer, torch.nn.Identity(), entering, states)
     rows = torch.randn(64, 16)
-    assert picture.class_weights.shape == (2, 64)
+    assert picture.attention.shape == (2, 64)
     with Transfers():
         measured = Method.from_any(TOWER_CONFIGS[config]).look(picture, rows)
     assert {part.shape for part in measured.values()} == {(64,)}
@@ -711,7 +938,11 @@ def test_what_was_done_is_said_in_words() -> None:
         "dart": "kept 4 of 24 visual tokens, selected at layer 1",
         "sparsevlm": "kept 5 of 24 visual tokens, selected at layers 1, 2",
         "vtw": "kept 0 of 24 visual tokens from layer 3 on",
+        "yopo": "kept 0 of 24 visual tokens from layer 3 on",
+        "st3": "kept 5 of 24 visual tokens, selected at layers 1, 3, 5",
         "shortv": "kept all 24 visual tokens, not updated in 3 of 8 layers",
+        "vica": "updated none of 24 visual tokens, text reads them in 4 of 8 layers",
+        "vica without a list": "updated none of 24 visual tokens, text reads them in 4 of 8 layers",
         "random": "kept 5 of 24 visual tokens, selected at layer 1",
         "random before the decoder": "kept 6 of 24 visual tokens, selected before the decoder",
         "pyramiddrop": "kept 4 of 24 visual tokens, selected at layers 0, 2",
@@ -732,3 +963,40 @@ def test_layer_0_cannot_be_frozen_and_a_sink_at_once() -> None:
     chain = {"method": "chain", "steps": [shallow, {"method": "shortv", "frozen_layers": [0]}]}
     with pytest.raises(UnsupportedCallError, match="leave layer 0 out of 'frozen_layers'"):
         model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=chain)
+
+
+def test_rows_that_sit_a_layer_out_have_no_place_in_its_cache() -> None:
+    model, (rows, visual) = make_model(2), make_prompt("three images with text between")
+    vica, last = {"method": "vica", "layers": [0, 1, 3, 6]}, {"method": "yopo", "last": 3}
+    first = {"method": "divprune", "keep": 3}
+
+    def run(config, rows, visual):
+        options = {"pruning_config": config, "max_new_tokens": 5, **GREEDY}
+        output = model.generate(inputs_embeds=rows[None], visual_mask=visual[None], **options)
+        return output, model.last_pruning_traces[0]
+
+    output, trace = run({"method": "chain", "steps": [first, vica, last]}, rows, visual)
+    text, three = int((~visual).sum()), 3 * len(trace.image_spans)
+    expected = [text + three * (layer in (0, 1, 3)) for layer in range(8)]
+    assert trace.rows_per_layer == expected and trace.updated_rows_per_layer == [text] * 8
+    assert trace.visual_rows_read == [rows - text for rows in expected]
+    assert [layer.get_seq_length() for layer in output.past_key_values.layers] == [rows + 4 for rows in expected]
+    # Rows were numbered anew before: decoded tokens go on where the shorter prompt's would.
+    left = ~visual
+    left[run(first, rows, visual)[1].kept_positions] = True
+    shorter, _ = run({"method": "chain", "steps": [vica, last]}, rows[left], visual[left])
+    assert output.sequences.tolist() == shorter.sequences.tolist()
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(shorter.logits), atol=1e-4, rtol=0)
+
+
+def test_yopo_is_vtw_counted_from_the_end_and_st3_takes_equal_steps() -> None:
+    model, (rows, visual) = make_model(8), make_prompt("image in the middle")
+    logits = [
+        model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config=config).logits
+        for config in ({"method": "yopo"}, {"method": "yopo", "last": 2}, {"method": "vtw", "layer": 6})
+    ]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    model(inputs_embeds=rows[None], visual_mask=visual[None], pruning_config={"method": "st3", "keep": 3})
+    assert model.last_pruning_traces[0].rows_per_layer == [len(rows) - 3 * layer for layer in range(8)]
+    assert methods.ViCA().reading_layers(32) == {0, 1, 7, 8, 9, 10, 11, 14}
+    assert methods.ViCA().reading_layers(12) == {0, 2, 3, 4, 5}

@@ -89,7 +89,14 @@ def test_attention_rows_and_states_equal_what_transformers_forms(model, inputs):
         np.testing.assert_allclose(normed.detach(), expected.hidden_states[-1][0, position], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+OTHERS = {
+    "frozen": {"method": "shortv", "frozen_layers": [1, 2]},
+    "absent": {"method": "vica", "layers": [1, 4]},
+    "chosen-before": {"method": "divprune", "keep": 4, "positions": "keep"},
+}
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
 def test_recorded_weights_times_values_are_the_attention_output(model, inputs, name):
     """Whatever a stage takes away, the weights that are shown are those that made the output."""
     seen = {}
@@ -102,7 +109,7 @@ def test_recorded_weights_times_values_are_the_attention_output(model, inputs, n
 
     hooks = [layer.self_attn.o_proj.register_forward_pre_hook(watch(n)) for n, layer in enumerate(model.model.layers)]
     try:
-        recording, trace, _ = run_recorded(model, inputs, CONFIGS[name], [-1, ROWS, ROWS + 1])
+        recording, trace, _ = run_recorded(model, inputs, {**CONFIGS, **OTHERS}[name], [-1, ROWS, ROWS + 1])
     finally:
         for hook in hooks:
             hook.remove()

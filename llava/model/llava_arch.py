@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -193,13 +194,23 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if not stacks:
             return []
         features = self.encode_images(torch.cat([stack.to(stacks[0].device) for stack in stacks]))
-        parts = features.split([len(stack) for stack in stacks])
-        if merge_type(self.config) == "flat":
-            return [part.flatten(0, 1) for part in parts]
-        sizes = list(image_sizes) if image_sizes is not None else [None] * len(parts)
-        if len(sizes) != len(parts):
-            raise UserError(f"{len(parts)} images but {len(sizes)} image_sizes; give one (width, height) an image")
-        return [self._merge_tiles(part, size) for part, size in zip(parts, sizes, strict=True)]
+        newline = self.model.image_newline if "unpad" in merge_type(self.config) else None
+        return self._lay_out(features.split([len(stack) for stack in stacks]), image_sizes, newline)
+
+    def tile_rows(
+        self, images: torch.Tensor | Sequence[torch.Tensor], image_sizes: Sequence[Size] | None = None
+    ) -> list[tuple[int, int, np.ndarray]]:
+        """What the rows of :meth:`image_rows` show, for each image: its tiles (the whole picture is the first of them),
+        the patches of a tile, and int64 ``[rows]``, the patch of each row, counted through all tiles; -1: a newline.
+        """
+        patches = self._require_tower().num_patches
+        if isinstance(images, torch.Tensor) and images.ndim == 4:
+            return [(1, patches, np.arange(patches))] * len(images)
+        counts = [1 if image.ndim == 3 else len(image) for image in images]
+        numbers = [torch.arange(count * patches).view(count, patches, 1) for count in counts]
+        newline = torch.tensor([-1]) if "unpad" in merge_type(self.config) else None
+        laid_out = self._lay_out(numbers, image_sizes, newline)
+        return [(count, patches, rows[:, 0].numpy()) for count, rows in zip(counts, laid_out, strict=True)]
 
     def _check_pixels(self, pixels: torch.Tensor) -> None:
         side = self._require_tower().image_size
@@ -209,9 +220,19 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 "(process_images makes them)"
             )
 
-    def _merge_tiles(self, features: torch.Tensor, size: Size | None) -> torch.Tensor:
+    def _lay_out(
+        self, parts: Sequence[torch.Tensor], image_sizes: Sequence[Size] | None, newline: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Rows of each image from the features ``[tiles, patches, H]`` of its tiles; ``newline`` ``[H]`` ends lines."""
+        if merge_type(self.config) == "flat":
+            return [part.flatten(0, 1) for part in parts]
+        sizes = list(image_sizes) if image_sizes is not None else [None] * len(parts)
+        if len(sizes) != len(parts):
+            raise UserError(f"{len(parts)} images but {len(sizes)} image_sizes; give one (width, height) an image")
+        return [self._merge_tiles(part, size, newline) for part, size in zip(parts, sizes, strict=True)]
+
+    def _merge_tiles(self, features: torch.Tensor, size: Size | None, newline: torch.Tensor | None) -> torch.Tensor:
         """Rows of one image: its whole-picture tile, then the map of the other tiles, row by row."""
-        newline = self.model.image_newline if "unpad" in merge_type(self.config) else None
         whole, tiles = features[0], features[1:]
         if len(tiles) == 0:
             return whole if newline is None else torch.cat([whole, newline[None].to(whole)])
@@ -419,7 +440,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         with call_lock(self), ExitStack() as block:
             run = None if pruning_config is None else block.enter_context(prune(self, pruning_config))
             if run is not None:
-                block.enter_context(run.generating(generation, kwargs))
+                given = {**kwargs, "images": images, "image_sizes": image_sizes}
+                block.enter_context(run.generating(generation, given))
             row_ids = None
             if inputs_embeds is None and ids is not None:
                 kwargs.pop("position_ids", None)  # positions of ids say nothing once image rows are in place

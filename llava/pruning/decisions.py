@@ -52,10 +52,14 @@ class Treatment:
         read: what text may read of it.
         update: False: visual rows give keys and values only. Their queries, output projection and MLP are not
             computed; their states go on unchanged.
+        present: False: visual rows sit the layer out. Nothing is computed for them, keys and values neither, so that
+            its cache holds none of them; text attends to text, with weights that sum to 1 over it, which is not what
+            `Read.NO_IMAGE` means. Behind it they are back, unchanged. The other two then say nothing.
     """
 
     read: Read = Read.ALL
     update: bool = True
+    present: bool = True
 
 
 class Cause(Enum):
@@ -77,8 +81,9 @@ class Keep:
         merge: states `[visual rows still there, hidden_size]` → states `[len(rows), hidden_size]` of those that go
             on, in the order of `rows`; None: they keep their own. Runs on the device.
         groups: for a kept row that stands for others after `merge`, index → the indices it stands for.
-        from_tower: instead of `merge`, pictures of the prompt → states `[len(rows), hidden_size]` of those that go on,
-            for rows that are made of what the vision tower saw. Before the decoder only.
+        from_tower: instead of `merge`, pictures of the prompt and the states that `merge` gets → states
+            `[len(rows), hidden_size]` of those that go on, for rows that are made of what the vision tower saw. Before
+            the decoder only.
         lent: those of `rows` whose places go to rows that stand for no patch (a class token). Their position is -1.
         cause: `SELECTION` chose among visual rows, `EXIT` lets all that are left go.
     """
@@ -87,7 +92,7 @@ class Keep:
     merge: Callable[[torch.Tensor], torch.Tensor] | None = None
     groups: Mapping[int, np.ndarray] | None = None
     cause: Cause = Cause.SELECTION
-    from_tower: Callable[[Sequence[Picture]], torch.Tensor] | None = None
+    from_tower: Callable[[Sequence[Picture], torch.Tensor], torch.Tensor] | None = None
     lent: np.ndarray | Sequence[int] = ()
 
     def __post_init__(self) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import CLIPVisionModel, PreTrainedModel
+from transformers import CLIPVisionModel, PreTrainedModel, SiglipVisionModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .errors import PruningConfigError, UnsupportedCallError, UnsupportedModelError
+from .tower import Tiles
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,10 @@ class Family:
             and no text needs to stand between two of them; None: an image is a stretch of visual rows.
         flat_pixels: whether `pixel_values` are those of all prompts one behind the other, so that nothing but the
             placeholders says which prompt an entry belongs to.
-        tower: given the model, the layer of its CLIP tower whose output the projector reads; None: no such tower.
+        tower: given the model, the layer of its CLIP or SigLIP tower whose output the projector reads; None: no such
+            tower, or rows that are not its patches one by one.
+        tiles: given the model and the keyword arguments of its call, how the crops of every image lie in its rows;
+            None: they do not say.
     """
 
     visual_token_keys: tuple[str, ...] = ()
@@ -40,6 +45,7 @@ class Family:
     images: Callable[[Mapping[str, Any]], int | None] = lambda kwargs: None
     flat_pixels: bool = False
     tower: Callable[[Any], Any] | None = None
+    tiles: Callable[[Any, Mapping[str, Any]], list[Tiles] | None] = lambda model, kwargs: None
 
 
 def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
@@ -47,14 +53,47 @@ def _count_pictures(kwargs: Mapping[str, Any]) -> int | None:
     return len(pixels) if pixels is not None else None
 
 
-def _clip_layer(model: Any) -> Any:
-    """The CLIP layer whose output LLaVA's projector reads; None in a model without such a tower."""
-    tower = next((part for part in model.modules() if isinstance(part, CLIPVisionModel)), None)
+def _tower_layer(model: Any) -> Any:
+    """The CLIP or SigLIP layer whose output LLaVA's projector reads; None in a model without such a tower."""
+    tower = next((part for part in model.modules() if isinstance(part, CLIPVisionModel | SiglipVisionModel)), None)
     if tower is None:
         return None
     selected = getattr(model.config, "mm_vision_select_layer", getattr(model.config, "vision_feature_layer", -2))
     # Entry 0 of the hidden states is the embedding, entry i + 1 what layer i gave.
-    return tower.encoder.layers[range(len(tower.encoder.layers) + 1)[selected] - 1]
+    layers = getattr(
+        tower, "vision_model", tower
+    ).encoder.layers  # older versions of transformers wrap SigLIP once more
+    return layers[range(len(layers) + 1)[selected] - 1]
+
+
+def _own_tiles(model: Any, kwargs: Mapping[str, Any]) -> list[Tiles] | None:
+    """Of this project's own classes, which lay tiles out themselves."""
+    images = kwargs.get("images")
+    if images is None:
+        return None
+    return [Tiles(*own) for own in model.tile_rows(images, kwargs.get("image_sizes"))]
+
+
+def _packed_tiles(model: Any, kwargs: Mapping[str, Any]) -> list[Tiles] | None:
+    """Of LLaVA-NeXT and OneVision: transformers' own packing, done with numbers in the place of features."""
+    sizes, config = kwargs.get("image_sizes"), model.config
+    if sizes is None or kwargs.get("pixel_values_videos") is not None:
+        return None
+    side, grid = config.vision_config.image_size, config.image_grid_pinpoints
+    patches = (side // config.vision_config.patch_size) ** 2
+    together = kwargs.get("batch_num_images")  # OneVision cuts the only image of a prompt alone into tiles
+    is_cut = [True] * len(sizes) if together is None else [int(n) == 1 for n in together for _ in range(n)]
+    counts = [
+        image_size_to_num_patches(size, grid, side) if cut else 1 for size, cut in zip(sizes, is_cut, strict=True)
+    ]
+    numbers = [torch.arange(count * patches, dtype=torch.float64).view(count, patches, 1) for count in counts]
+    own = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+    if config.model_type == "llava_onevision":
+        own = {"vision_aspect_ratio": kwargs.get("vision_aspect_ratio") or config.vision_aspect_ratio}
+    packed, _ = model.model.pack_image_features(numbers, sizes, image_newline=torch.tensor([-1.0]), **own)
+    if any((rows != rows.round()).any() for rows in packed):  # scaled down: a row is no patch's own
+        return None
+    return [Tiles(count, patches, rows[:, 0].long().numpy()) for count, rows in zip(counts, packed, strict=True)]
 
 
 def _behind_deepstack(config: Any) -> int:
@@ -67,10 +106,10 @@ _IMAGE_AND_VIDEO = ("image_token_id", "video_token_id")
 
 # By the `model_type` of the outer config.
 FAMILIES: dict[str, Family] = {
-    "llava": Family(_IMAGE, images=_count_pictures, flat_pixels=True, tower=_clip_layer),
+    "llava": Family(_IMAGE, images=_count_pictures, flat_pixels=True, tower=_tower_layer),
     # The newline rows inside an image have placeholders of their own, so they are visual too.
-    "llava_next": Family(_IMAGE, flat_pixels=True, tower=_clip_layer),
-    "llava_onevision": Family(_IMAGE_AND_VIDEO, flat_pixels=True),
+    "llava_next": Family(_IMAGE, flat_pixels=True, tower=_tower_layer, tiles=_packed_tiles),
+    "llava_onevision": Family(_IMAGE_AND_VIDEO, flat_pixels=True, tower=_tower_layer, tiles=_packed_tiles),
     "internvl": Family(_IMAGE, flat_pixels=True),
     "smolvlm": Family(_IMAGE),
     "idefics3": Family(_IMAGE),
@@ -82,8 +121,8 @@ FAMILIES: dict[str, Family] = {
         row_kwargs=("visual_pos_masks",),
     ),
     # This project's own classes know their visual rows from the splice and hand them over as `visual_mask`.
-    "llava_llama": Family(tower=_clip_layer),
-    "llava_mistral": Family(tower=_clip_layer),
+    "llava_llama": Family(tower=_tower_layer, tiles=_own_tiles),
+    "llava_mistral": Family(tower=_tower_layer, tiles=_own_tiles),
     # Language models alone: the caller brings `inputs_embeds` and says which rows are visual.
     "llama": Family(),
     "mistral": Family(),
@@ -211,15 +250,22 @@ class Adapter:
         """The vision tower's layer that the language model reads, for the method of that name.
 
         Raises:
-            UnsupportedModelError: a tower without class token.
+            UnsupportedModelError: there is none.
         """
         found = self.family.tower(self.model) if self.family.tower is not None else None
         if found is None:
             raise UnsupportedModelError(
-                f"method {method!r} needs a vision tower with a class token (CLIP), which this "
-                f"{self.model.config.model_type!r} model has not; choose a method that looks at rows alone"
+                f"method {method!r} needs a vision tower with a class token (CLIP), whose attention it looks at, or a "
+                "SigLIP tower (attention that patches receive), with patches that are the decoder's rows one by one; "
+                f"this {self.model.config.model_type!r} model has no such tower, or merges patches behind it; choose a "
+                "method that looks at rows alone, such as 'divprune' or 'cdpruner' (relevance 'embeddings' or 'none')"
             )
         return found
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the tower has a class token (CLIP)."""
+        return any(isinstance(part, CLIPVisionModel) for part in self.model.modules())
 
     @property
     def projector(self) -> Any:

@@ -14,6 +14,7 @@ Decoding steps keep transformers' own layout (one row a sample) and read each la
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -31,6 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
 
 from .cache import CacheLease, RaggedLayer, make_ragged
+from .decisions import BEFORE_DECODER
 from .decode import Decoding
 from .errors import PruningConfigError, UnsupportedCallError
 from .families import Adapter, adapter_for
@@ -39,7 +41,7 @@ from .generation import Generation, refuse_unsupported
 from .method import Method
 from .prefill import Fork, Plan, Prefill, Sample
 from .rows import Rows
-from .tower import TowerWatch
+from .tower import TowerWatch, crops_of
 from .trace import PruningTrace
 
 ATTENTION_NAME = "visual_token_pruning"
@@ -108,11 +110,15 @@ class PruningRun:
         # Where nothing prunes, the model's own kernels run and only traces are kept.
         self._prunes = any(method is not None for method in methods) or len(forks) > 0
         watching = [method.name for method in methods if method is not None and method.needs_tower]
-        self._tower = TowerWatch(adapter.tower_layer(watching[0]), adapter.projector) if watching else None
+        self._tower: TowerWatch | None = None
+        if watching:
+            layer = adapter.tower_layer(watching[0])
+            self._tower = TowerWatch(layer, adapter.projector, adapter.has_class_token)
         self._visual_mask = visual_mask
         self._lock = lock
         self._generation, self._is_generating = Generation(), False
         self._call = _ModelCall()
+        self._given: Mapping[str, Any] = {}  # keywords of the call in progress, which say how tiles lie
         self._forward: tuple[Prefill | Decoding | None, int] | None = None  # the one in progress, and its thread
         self._leases: weakref.WeakSet[CacheLease] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
@@ -146,10 +152,11 @@ class PruningRun:
         plans = [*self._plans, *(fork.plan for fork in self._forks)]
         for number, layer in enumerate(layers):
             on(layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True).remove)
-            if not all(plan.treatments[number].update for plan in plans):
+            if any(plan.treatments[number].present and not plan.treatments[number].update for plan in plans):
                 for part in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp):
                     on(part.register_forward_pre_hook(self._leave_frozen_out).remove)
-                    on(part.register_forward_hook(self._give_frozen_zeros).remove)
+                    # First of all, so that others' hooks see every row.
+                    on(part.register_forward_hook(self._give_frozen_zeros, prepend=True).remove)
         on(layers[-1].register_forward_hook(self._after_last_layer).remove)
         for config in self._adapter.attention_configs:
             on(partial(setattr, config, "_attn_implementation", config._attn_implementation))
@@ -173,7 +180,8 @@ class PruningRun:
         model = self._adapter.model
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            given = {"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs}
+            by_place = inspect.signature(plain_generate).bind_partial(*args).arguments
+            given = {"input_ids": args[0] if args else kwargs.get("inputs"), **by_place, **kwargs}
             with self.generating(Generation.of(model, kwargs), given):
                 return plain_generate(*args, **kwargs)
 
@@ -186,17 +194,18 @@ class PruningRun:
             refuse_unsupported(self._adapter.model, given)
             self._adapter.refuse_wrong_copies(generation.copies, given)
         with self._lock:  # another thread may generate inside the same block
-            self._generation, self._is_generating = generation, True
+            self._generation, self._is_generating, self._given = generation, True, given
             self._forget_pictures()
             try:
                 yield
             finally:
-                self._generation, self._is_generating = Generation(), False
+                self._generation, self._is_generating, self._given = Generation(), False, {}
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if not self._is_generating:  # else the tower may have run already
             self._forget_pictures()
+            self._given = kwargs
         visual = None
         if input_ids is not None and input_ids.shape[1] > 0 and kwargs.get("inputs_embeds") is None:
             visual = self._adapter.visual_mask(input_ids)
@@ -292,14 +301,26 @@ class PruningRun:
             self._adapter.decoder.norm,
             self._forks,
         )
-        if self._tower is not None:
-            firsts = samples[::copies]
-            for sample, pictures in zip(firsts, self._tower.take(self.traces, copies), strict=True):
-                sample.pictures = pictures
+        self._show_pictures(samples[::copies], copies)
         for name in self._adapter.family.row_kwargs:
             if kwargs.get(name) is not None:
                 kwargs[name] = state.pack(kwargs[name])
         return state
+
+    def _show_pictures(self, samples: Sequence[Sample], copies: int) -> None:
+        """Give what methods see before the decoder: how crops lie in the rows, and what the tower made of them."""
+        if not any(BEFORE_DECODER in sample.plan.looks for sample in samples):
+            self._forget_pictures()
+            return
+        tiles, traces = self._adapter.family.tiles(self._adapter.model, self._given), self.traces
+        if not self._is_generating:
+            self._given = {}
+        if self._tower is not None:
+            for sample, pictures in zip(samples, self._tower.take(traces, copies, tiles), strict=True):
+                sample.pictures, sample.crops = pictures, [picture.crop for picture in pictures]
+        elif tiles is not None:
+            for sample, crops in zip(samples, crops_of(traces, tiles) or [], strict=False):
+                sample.crops = [crop for crop in crops if len(crop.rows)]
 
     def _sample(self, rows: Rows, which: int, images: list[tuple[int, int]], call: _ModelCall) -> Sample:
         """One prompt under plan number `which`; one that nothing can be pruned in is dense."""
@@ -489,7 +510,10 @@ def _fork(adapter: Adapter, layer: int, config: Config, prompt: int) -> Fork:
             f"a fork at layer {layer}: this model's prompts can be copied at the inputs of layers "
             f"{adapter.first_layer} to {len(adapter.layers) - 1}"
         )
-    return Fork(layer, Plan.of(_method_for(adapter, config), len(adapter.layers)), prompt)
+    method = _method_for(adapter, config)
+    if method is not None and method.needs_tower:
+        raise PruningConfigError(f"a fork cannot prune by {method.name!r}: it chooses before the decoder, once a prompt")
+    return Fork(layer, Plan.of(method, len(adapter.layers)), prompt)
 
 
 @contextmanager

@@ -51,12 +51,13 @@ def _is_int(value: Any, least: int) -> bool:
 
 @dataclass(frozen=True)
 class Integer(Kind):
-    """An integer of at least `least`."""
+    """An integer of at least `least`; `None` where it is `optional`."""
 
     least: int = 0
+    optional: bool = False
 
     def fits(self, value: Any, num_layers: int | None) -> bool:
-        return _is_int(value, self.least)
+        return self.optional if value is None else _is_int(value, self.least)
 
     def allowed(self, num_layers: int | None) -> str:
         return f"an integer of at least {self.least}"
@@ -163,14 +164,17 @@ class Layer(Kind):
 @dataclass(frozen=True)
 class Layers(Kind):
     """A list of different layers from `least` to L-1, ascending where rows leave at their inputs (`drops`), or at
-    those of the layers so many `behind`."""
+    those of the layers so many `behind`; `None` where it is `optional`."""
 
     is_layer = True
     least: int = 1
     drops: bool = False
     behind: int = 0
+    optional: bool = False
 
     def fits(self, value: Any, num_layers: int | None) -> bool:
+        if value is None:
+            return self.optional
         if not isinstance(value, list | tuple) or not all(_is_int(layer, self.least) for layer in value):
             return False
         in_order = list(value) == sorted(value) or not self.drops

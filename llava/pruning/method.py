@@ -140,12 +140,27 @@ class Method:
             PruningConfigError: with the key, the value and the allowed range.
         """
         self._check(num_layers, first_layer)
+        self._check_absence(num_layers, first_layer)
         if first_layer and BEFORE_DECODER in self.decides_behind(num_layers):
             raise PruningConfigError(
                 f"pruning config: {self.name!r} lets rows leave before the decoder, but this model's image features "
                 f"join up to layer {first_layer - 1}; take a method with 'layer' at least {first_layer} for this model"
             )
         return self
+
+    def _check_absence(self, num_layers: int, first_layer: int) -> None:
+        """Refuse visual rows that sit out a layer that joins image features, or that the method looks behind."""
+        absent = {layer for layer, one in enumerate(self.treatments(num_layers)) if not one.present}
+        if early := [layer for layer in sorted(absent) if layer < first_layer]:
+            raise PruningConfigError(
+                f"pruning config of {self.name!r}: visual rows may not sit out layers {early} of this model, whose "
+                f"image features join up to layer {first_layer - 1}; name these among the layers that read the image"
+            )
+        if unseen := sorted(absent & set(self.looks_behind(num_layers))):
+            raise PruningConfigError(
+                f"pruning config of {self.name!r}: visual rows sit out layers {unseen}, so a method cannot look at "
+                "what happened to them there; look behind another layer"
+            )
 
     def bind(self, num_layers: int, model_path: str | None) -> Method:
         """The method for one model, with every knob settled that depends on it."""

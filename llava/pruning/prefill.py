@@ -21,7 +21,7 @@ from .decisions import BEFORE_DECODER, Cause, Keep, Treatment
 from .errors import UnsupportedCallError
 from .method import Method
 from .rows import Rows
-from .tower import Picture
+from .tower import Crop, Picture
 from .trace import Decision, PruningTrace
 from .view import Attended, ComingLayer, View
 
@@ -72,6 +72,8 @@ class Sample:
     """One prompt on its way through the layers.
 
     Attributes:
+        rows: those that are left.
+        here: those of them that the current layer is given: all, or without the visual rows that sit it out.
         keep: what was decided behind the last layer and is not carried out yet.
         original: for a copy of a prompt (a beam), the first of its copies. It alone is measured and decides: beams
             take over each other's cache, so they must never differ, not even by rounding.
@@ -85,7 +87,16 @@ class Sample:
     attended: Attended | None = None
     original: Sample | None = None
     pictures: Sequence[Picture] = ()
+    crops: Sequence[Crop] | None = None
     gap: int = 0
+    here: Rows = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.here = self.rows
+
+    def treatment(self, layer: int) -> Treatment:
+        """What `layer` does with the visual rows that it is given."""
+        return self.plan.treatments[layer] if len(self.here.visual) else Treatment()
 
 
 @dataclass
@@ -117,11 +128,12 @@ class Prefill:
     counts_per_layer: list[list[int]] = field(default_factory=list)
     updated: torch.Tensor | None = None
     _segments: varlen.Segments | None = None  # of `counts`, made when needed
+    _outside: tuple[torch.Tensor, torch.Tensor] | None = None  # all rows, and which of them the current layer has
 
     @property
     def counts(self) -> list[int]:
         """Rows of each sample in the current layer."""
-        return [sample.rows.count for sample in self.samples]
+        return [sample.here.count for sample in self.samples]
 
     # -- between layers ------------------------------------------------------------------------------------------
 
@@ -132,6 +144,7 @@ class Prefill:
             self.position_embeddings = tuple(self.pack(part) for part in kwargs["position_embeddings"])
             position_ids = kwargs.get("position_ids")
             self.position_ids = self.pack(position_ids[..., None])[..., 0] if position_ids is not None else None
+        hidden = self._come_back(hidden)
         hidden = self._fork(layer, hidden)
         self._decide_behind(layer - 1, hidden)
         hidden = self._carry_out(layer - 1, hidden)
@@ -139,24 +152,23 @@ class Prefill:
             for sample in self.samples:
                 sample.trace.projection_flops += sum(picture.flops for picture in sample.pictures)
                 sample.pictures = ()  # read before the decoder only
-        kwargs["position_embeddings"] = self.position_embeddings
-        kwargs["position_ids"] = self.position_ids
+        hidden = self._sit_out(layer, hidden, kwargs)
         kwargs["attention_mask"] = None
         counts = self.counts
         self.counts_per_layer.append(counts)
         self.updated = self._updated_rows(layer, hidden.device)
         for sample in self.samples:
-            sample.trace.rows_per_layer.append(sample.rows.count)
-            frozen = 0 if sample.plan.treatments[layer].update else len(sample.rows.visual)
-            sample.trace.updated_rows_per_layer.append(sample.rows.count - frozen)
+            sample.trace.rows_per_layer.append(sample.here.count)
+            frozen = 0 if sample.treatment(layer).update else len(sample.here.visual)
+            sample.trace.updated_rows_per_layer.append(sample.here.count - frozen)
         if self.lease is not None:
             self.lease.coming = counts
-            self.lease.gaps = [sample.gap for sample in self.samples]
+            self.lease.gaps = [sample.gap + sample.rows.count - sample.here.count for sample in self.samples]
         return hidden
 
     def leave(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """After the last layer: the surviving rows as a left-padded batch, `[batch, longest, hidden_size]`."""
-        self._decide_behind(layer, hidden)
+        self._decide_behind(layer, self._come_back(hidden))
         return self.unpack(hidden, self.counts_per_layer[-1])
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
@@ -174,6 +186,33 @@ class Prefill:
         for number, part in enumerate(rows[0].split(list(counts))):
             batch[number, max(counts) - len(part) :] = part
         return batch
+
+    def _sit_out(self, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """The rows that `layer` is given, and in `kwargs` their positions; the others wait for `_come_back`."""
+        kwargs["position_embeddings"], kwargs["position_ids"] = self.position_embeddings, self.position_ids
+        waiting, start = [], 0
+        for sample in self.samples:
+            sample.here = sample.rows
+            if not sample.plan.treatments[layer].present:
+                sample.here = sample.rows.without_visual()
+                waiting.append(sample.rows.visual + start)
+            start += sample.rows.count
+        if not any(map(len, waiting)):
+            return hidden
+        here = np.setdiff1d(np.arange(start), np.concatenate(waiting), assume_unique=True)
+        index = varlen.to_device(torch.from_numpy(here), torch.int64, hidden.device)
+        self._outside, self._segments = (hidden, index), None
+        kwargs["position_embeddings"] = tuple(_select_rows(part, index) for part in self.position_embeddings)
+        if self.position_ids is not None:
+            kwargs["position_ids"] = _select_rows(self.position_ids, index)
+        return _select_rows(hidden, index)
+
+    def _come_back(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a layer gave, with the rows in their places that sat it out."""
+        if self._outside is None:
+            return hidden
+        (whole, index), self._outside, self._segments = self._outside, None, None
+        return whole.to(hidden.device).index_copy(1, index.to(hidden.device), hidden)
 
     # -- decisions -----------------------------------------------------------------------------------------------
 
@@ -195,6 +234,7 @@ class Prefill:
                 self._coming(layer + 1, segment),
                 sample.pictures if layer == BEFORE_DECODER else (),
                 self.final_norm,
+                sample.crops if layer == BEFORE_DECODER else None,
             )
             if measured := method.measure(view):
                 measures[number] = dict(measured)
@@ -268,11 +308,12 @@ class Prefill:
                 sample.gap = 0 if renumbered[number] else sample.gap + len(rows.visual) - len(keep.rows)
                 left, source = rows.keeping(keep.rows)
                 left.positions = keep.positions(rows.positions)
-                if keep.from_tower is not None:
-                    made = keep.from_tower((sample.original or sample).pictures)
-                    merged.append((sum(len(source) for source in sources), left, made.to(hidden.device)))
-                elif keep.merge is not None:
-                    states = keep.merge(hidden[0, start : start + rows.count][rows.visual_index(hidden.device)])
+                if keep.from_tower is not None or keep.merge is not None:
+                    states = hidden[0, start : start + rows.count][rows.visual_index(hidden.device)]
+                    if keep.from_tower is not None:
+                        states = keep.from_tower((sample.original or sample).pictures, states).to(hidden.device)
+                    elif keep.merge is not None:
+                        states = keep.merge(states)
                     merged.append((sum(len(source) for source in sources), left, states))
                 sample.rows, sample.keep = left, None
             sources.append(source + start)
@@ -292,7 +333,8 @@ class Prefill:
         forks = [fork for fork in self.forks if fork.layer == layer]
         if not forks:
             return hidden
-        own = np.split(np.arange(sum(self.counts)), np.cumsum(self.counts)[:-1])
+        ends = np.cumsum([sample.rows.count for sample in self.samples])
+        own = np.split(np.arange(ends[-1]), ends[:-1])
         everyone = self._index([*own, *(own[fork.of] for fork in forks)], hidden.device)
         for fork in forks:
             prompt = self.samples[fork.of]
@@ -314,7 +356,7 @@ class Prefill:
         """Positions 0, 1, … for the rows of every sample that is `renumbered`; the others keep theirs."""
         if self.position_ids is None or self.rotate is None or self.position_ids.ndim != 2:
             raise UnsupportedCallError("this method numbers rows anew, and this model's layers are not told positions")
-        kept = _select_rows(self.position_ids, survivors)[0].split(self.counts)
+        kept = _select_rows(self.position_ids, survivors)[0].split([sample.rows.count for sample in self.samples])
         self.position_ids = torch.cat(
             [
                 torch.arange(len(own), device=own.device, dtype=own.dtype) if anew else own
@@ -327,13 +369,13 @@ class Prefill:
 
     def _updated_rows(self, layer: int, device: torch.device) -> torch.Tensor | None:
         """Packed indices of the rows that `layer` updates; None: all of them."""
-        if all(sample.plan.treatments[layer].update for sample in self.samples):
+        if all(sample.treatment(layer).update for sample in self.samples):
             return None
         frozen, start = [], 0
         for sample in self.samples:
-            if not sample.plan.treatments[layer].update:
-                frozen.append(sample.rows.visual + start)
-            start += sample.rows.count
+            if not sample.treatment(layer).update:
+                frozen.append(sample.here.visual + start)
+            start += sample.here.count
         updated = np.setdiff1d(np.arange(start), np.concatenate(frozen), assume_unique=True)
         return varlen.to_device(torch.from_numpy(updated), torch.int64, device)
 
@@ -344,7 +386,7 @@ class Prefill:
 
         Returns `[1, rows of all samples, heads, head_dim]`.
         """
-        treatments = [sample.plan.treatments[layer] for sample in self.samples]
+        treatments = [sample.treatment(layer) for sample in self.samples]
         together = None
         if len(self.samples) > 1 and set(treatments) == {Treatment()} and varlen.is_usable(query):
             if self._segments is None:
@@ -353,7 +395,7 @@ class Prefill:
         outputs, start = [], 0
         forks_next = any(fork.layer == layer + 1 for fork in self.forks)  # a copy's method may look behind this layer
         for sample, treatment in zip(self.samples, treatments, strict=True):
-            rows, tally = sample.rows, Tally()
+            rows, tally = sample.here, Tally()
             segment = slice(start, start + rows.count)
             start += rows.count
             own = query[0, :, segment], keys[0, :, segment], values[0, :, segment]

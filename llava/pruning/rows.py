@@ -33,6 +33,11 @@ class Rows:
         visual = np.flatnonzero(visual_mask)
         return cls(len(visual_mask), len(visual_mask) - num_drafts, visual, visual)
 
+    def without_visual(self) -> Rows:
+        """The other rows alone."""
+        nothing = np.empty(0, dtype=np.int64)
+        return Rows(self.count - len(self.visual), self.num_prompt - len(self.visual), nothing, nothing)
+
     def keeping(self, kept: np.ndarray) -> tuple[Rows, np.ndarray]:
         """The rows left when of the visual rows only `kept` go on, and which of today's rows each of them was.
 

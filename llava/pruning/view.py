@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .attention import Tally
 from .rows import Rows
 from .shares import measure_largest_shares, measure_visual_shares
-from .tower import Picture
+from .tower import Crop, Picture
 from .trace import PruningTrace
 from .varlen import to_device
 
@@ -71,11 +71,12 @@ class View:
         coming: ComingLayer,
         pictures: Sequence[Picture] = (),
         final_norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        crops: Sequence[Crop] | None = None,
     ):
         self.layer, self.hidden, self.rows, self.trace = layer, hidden, rows, trace
         self.num_prefix = trace.visual_positions[0] if trace.visual_positions else trace.num_rows
         self._attended, self._coming, self._pictures = attended, coming, pictures
-        self._final_norm = final_norm
+        self._final_norm, self._crops = final_norm, crops
         self.tally = Tally()
 
     @property
@@ -87,8 +88,19 @@ class View:
 
     @property
     def pictures(self) -> Sequence[Picture]:
-        """What the vision tower made of each image of this prompt (`needs_tower` methods, before the decoder)."""
+        """What the vision tower made of each crop of this prompt (`needs_tower` methods, before the decoder)."""
         return self._pictures
+
+    @property
+    def crops(self) -> Sequence[Crop]:
+        """Which visual rows show which crop (before the decoder). Rows that end a line of tiles are in none.
+
+        Where nobody knows how an image lies in its rows, all of them are one crop.
+        """
+        if self._crops is not None:
+            return self._crops
+        images = enumerate(self.trace.alive_per_image)
+        return [Crop(number, 1, rows, np.arange(len(rows))) for number, rows in images]
 
     @cached_property
     def text(self) -> torch.Tensor:

@@ -191,12 +191,13 @@ class _Recorder:
             raise UserError(f"one prompt at a time can be recorded, without beams; this call has {hidden.shape[0]}")
         recording = self.recording
         if layer == 0:
-            # Every row is there in layer 0, so its cache holds all that came before; position ids would not do,
-            # since a family may count a picture's rows otherwise.
-            cache = kwargs.get("past_key_values")
-            first = cache.get_seq_length(0) if cache is not None else 0
-            self.is_prefill = first == 0
-            self.entering = np.arange(first, first + hidden.shape[1])
+            # What came before is the prompt and what was decoded since; position ids would not do, since a family may
+            # count a picture's rows otherwise.
+            cache, state = kwargs.get("past_key_values"), kwargs.get("forward_state")
+            self.is_prefill = cache is None or cache.get_seq_length(0) == 0
+            count = state.samples[0].trace.num_rows if isinstance(state, Prefill) else hidden.shape[1]
+            first = 0 if self.is_prefill else int(self.entering[-1]) + 1
+            self.entering = np.arange(first, first + count)
             if self.is_prefill and hidden.shape[1] > recording.num_rows:
                 raise UserError(f"is_visual has {recording.num_rows} rows, but the prompt has {hidden.shape[1]}")
         positions = self._still_there(kwargs.get("forward_state"))
@@ -215,7 +216,12 @@ class _Recorder:
         if len(state.samples) != 1:
             raise UserError(f"one prompt at a time can be recorded, without beams; this call has {len(state.samples)}")
         (sample,) = state.samples
-        gone = np.setdiff1d(sample.trace.visual_positions, sample.rows.positions)
+        if (sample.here.positions < 0).any():
+            raise UserError(
+                "this method puts rows into the prompt that stand for no patch, so they have no place in a picture of "
+                "it; take another method to look at"
+            )
+        gone = np.setdiff1d(sample.trace.visual_positions, sample.here.positions)
         return self.entering[~np.isin(self.entering, gone)]
 
     def _asked(self) -> list[tuple[int, int]]:
@@ -335,7 +341,7 @@ def _before_rotation(attention: Any, name: str) -> nn.Module:
 def _reading(layer: int, kwargs: dict[str, Any]) -> Read:
     """What a prune block lets this prompt read in `layer`."""
     state = kwargs.get("forward_state")
-    return Read.ALL if not isinstance(state, Prefill) else state.samples[0].plan.treatments[layer].read
+    return Read.ALL if not isinstance(state, Prefill) else state.samples[0].treatment(layer).read
 
 
 def _weights(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

@@ -13,15 +13,20 @@ from .schedule import Schedule
 from .scope import Scope
 from .shortv import ShortV
 from .sparsevlm import SparseVLM
+from .st3 import ST3
 from .stride import Stride
+from .vica import ViCA
 from .visionzip import VisionZip
 from .visipruner import VisiPruner
 from .vispruner import VisPruner
 from .vtw import VTW
+from .yopo import YOPO
 
 __all__ = [
     "DART",
+    "ST3",
     "VTW",
+    "YOPO",
     "CDPruner",
     "Chain",
     "DivPrune",
@@ -35,6 +40,7 @@ __all__ = [
     "ShortV",
     "SparseVLM",
     "Stride",
+    "ViCA",
     "VisPruner",
     "VisiPruner",
     "VisionZip",

@@ -12,6 +12,7 @@ from ..decisions import BEFORE_DECODER, Keep
 from ..errors import PruningConfigError, UnsupportedCallError
 from ..knobs import Choice, Count, knob
 from ..method import Method, number_of, register
+from ..varlen import to_device
 from ..view import View
 
 # In units of the first gain: below it, gains are rounding, and what is left is filled up by relevance.
@@ -24,16 +25,19 @@ class CDPruner(Method):
     """Before the decoder, of each image's projected rows those that greedy inference in a determinantal point process
     takes, whose kernel is cosine similarity weighted by both rows' relevance to the question.
 
-    Otherwise than published: relevance is spread over each image, not over all of a call; tiles keep their layout and
-    newline rows and are one image, and no row is chosen twice.
+    Where the crops of an image in tiles are known, each is chosen from by itself, and rows that end a line stay; else
+    all rows of an image are one pool. Otherwise than published: tiles keep their layout, relevance is spread over each
+    image, and no row is chosen twice.
 
     Attributes:
-        keep: tokens an image, or a share of its rows, rounded half to even.
-        relevance: from 0 to 1 over each image. `"none"`: every row matters alike (the paper's ablation).
+        keep: tokens an image, of one in known tiles: of each of its crops; or a share of the rows, rounded half to
+            even.
+        relevance: from 0 to 1. `"none"`: every row matters alike (the paper's ablation).
             `"embeddings"`: a row's mean cosine with the input embeddings of the text behind the first image. `"clip"`
             (published): of its patch and the question in CLIP's joint space, which no LLaVA checkpoint holds.
         clip: for `"clip"`, the folder of the CLIP checkpoint that the vision tower came from.
         question: for `"clip"`, the bare question, without the prompt around it.
+        spread: over what relevance goes from 0 to 1: `"image"`, or `"prompt"`, all its images, which is as published.
         positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
             their positions.
     """
@@ -43,6 +47,7 @@ class CDPruner(Method):
     clip: str | None = None
     question: str | None = None
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
+    spread: str = knob(Choice(("image", "prompt")), "image")
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,40 +75,54 @@ class CDPruner(Method):
         return {BEFORE_DECODER}
 
     def measure(self, view):
-        """`relevance`: a row's. `order`: when it was chosen, from 0; infinity: never."""
+        """`relevance`: a row's. `order`: when it was chosen of its crop, from 0; infinity: never. `picture`: the number
+        of its crop; -1 on rows that end a line of tiles."""
         rows = view.hidden[view.visual]
-        relevance, order = rows.new_ones(2, len(rows), dtype=torch.float32)
-        for number, image in enumerate(view.trace.alive_per_image):
-            own = slice(image[0], image[-1] + 1)
+        relevance, order, picture = rows.new_ones(3, len(rows), dtype=torch.float32)
+        order.fill_(-1), picture.fill_(-1)
+        crops = [to_device(torch.from_numpy(crop.rows), torch.int64, rows.device) for crop in view.crops]
+        for number, own in enumerate(crops):
             relevance[own] = self.relevance_of(number, rows[own], view)
-            order[own] = greedy_map(rows[own], relevance[own], number_of(self.keep, len(image)))
-            view.trace.projection_flops += 2 * len(image) ** 2 * rows.shape[1]
-        return {"relevance": relevance, "order": order}
+        images: dict[int, list[torch.Tensor]] = {}
+        for crop, own in zip(view.crops, crops, strict=True):
+            images.setdefault(crop.image * (self.spread == "image"), []).append(own)
+        relevance = self.spread_over(relevance, [torch.cat(own) for own in images.values()])
+        for number, own in enumerate(crops):
+            order[own] = greedy_map(rows[own], relevance[own], number_of(self.keep, len(own)))
+            picture[own] = number
+            view.trace.projection_flops += 2 * len(own) ** 2 * rows.shape[1]
+        return {"relevance": relevance, "order": order, "picture": picture}
 
     def decide(self, layer, measured, trace):
         return Keep(measured["order"] < torch.inf) if measured else None
 
+    def spread_over(self, relevance: torch.Tensor, images: list[torch.Tensor]) -> torch.Tensor:
+        """Relevance from 0 to 1 over each of `images`, indices of its rows."""
+        for own in images if self.relevance != "none" else []:
+            relevance[own] = spread(relevance[own])
+        return relevance
+
     def relevance_of(self, number: int, rows: torch.Tensor, view: View) -> torch.Tensor | float:
-        """How much each of image `number`'s `rows` `[n, hidden]` matters to the question, float32 `[n]`."""
+        """How much each of crop `number`'s `rows` `[n, hidden]` matters to the question, float32 `[n]`."""
         if self.relevance == "none":
             return 1.0
         if self.clip is not None and self.question is not None:
-            patches = view.pictures[number].states[1:]
-            if len(patches) != len(rows):
+            picture = view.pictures[number]
+            if not picture.has_class:
                 raise UnsupportedCallError(
-                    f"relevance 'clip' needs one row a patch; image {number + 1} has {len(rows)} rows for "
-                    f"{len(patches)} patches: use pictures without tiles, or relevance 'embeddings' or 'none'"
+                    "relevance 'clip' needs the CLIP tower of its checkpoint; this model's tower is a SigLIP, without "
+                    "class token: use relevance 'embeddings' or 'none'"
                 )
             space = joint_space(self.clip).to(rows.device)
             question = space.text(self.question)
             view.trace.projection_flops += space.flops(len(rows), len(question))
-            return spread(space.relevance(patches, question))
+            return space.relevance(picture.states, question)
         text = view.hidden[view.text[view.rows.visual[0] :]]  # every row before the first visual one is text
-        return spread(normalize(rows.float(), dim=1) @ normalize(text.float(), dim=1).mean(0))
+        return normalize(rows.float(), dim=1) @ normalize(text.float(), dim=1).mean(0)
 
 
 def spread(relevance: torch.Tensor) -> torch.Tensor:
-    """From about 0 to about 1 over an image, as published; 1 for all where all are equal."""
+    """From about 0 to about 1, as published; 1 for all where all are equal."""
     least, most = relevance.aminmax()
     return torch.where(most > least, (relevance - least + 1e-6) / (most - least), 1.0)
 

@@ -21,7 +21,7 @@ class Chain(Method):
     To a step, the rows that the steps before it have left are all that the prompt has: shares are shares of them, and
     only its own decisions stand in its trace. Rows are numbered anew behind the layers of the steps that do so, and
     keep these numbers in the others. What layers do with the image (text that reads none of it, rows that are not
-    updated) adds up.
+    updated or sit a layer out) adds up.
 
     Attributes:
         steps: two methods or more, in JSON their configs.
@@ -113,7 +113,7 @@ class Chain(Method):
                     "before (-1: before the decoder)"
                 )
             last, acting = (max(layers), step.name) if layers else (last, acting)
-        self.treatments(num_layers)  # refuses what does not go together
+        self._check_absence(num_layers, first_layer)  # `treatments` refuses what does not go together
         return self
 
     def bind(self, num_layers, model_path):
@@ -126,8 +126,9 @@ class Chain(Method):
 def _both(treatments: tuple[Treatment, ...]) -> Treatment:
     """What a layer does with the image where it has several `treatments`."""
     reads = {one.read for one in treatments} - {Read.ALL}
-    if len(reads) > 1:
+    present = all(one.present for one in treatments)
+    if len(reads) > present:  # text beside absent rows shares out what it would lose to hidden ones
         raise PruningConfigError(
             "pruning config of 'chain': two steps differ in what text reads of the image in one layer; leave one out"
         )
-    return Treatment(next(iter(reads), Read.ALL), all(one.update for one in treatments))
+    return Treatment(next(iter(reads), Read.ALL), all(one.update for one in treatments), present)

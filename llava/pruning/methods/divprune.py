@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
 from ..decisions import BEFORE_DECODER, Keep
 from ..knobs import Choice, Count, knob
 from ..method import Method, number_of, register
+from ..varlen import to_device
 
 
 @register("divprune")
@@ -17,29 +20,38 @@ from ..method import Method, number_of, register
 class DivPrune(Method):
     """Before the decoder, of each image's projected rows those that a greedy max-min choice by cosine distance takes.
 
-    Newline rows of tiles are visual rows like others here; they are equal, so one of them is chosen at most. Otherwise
-    than published: every image is chosen from, not the first alone, and no row is chosen twice.
+    All tiles of an image are one pool. Otherwise than published: every image is chosen from, not the first alone, and
+    no row is chosen twice.
 
     Attributes:
         keep: tokens an image, or a share of its rows, rounded half to even (paper: 0.098).
         positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
             their positions.
+        newlines: rows that end a line of tiles, which are all equal. `"pool"` (published): candidates like others, so
+            that one of them is chosen at most. `"stay"`: all stay, beside those that `keep` counts, where it is known
+            which they are.
     """
 
     keep: int | float = knob(Count(), 64)
     positions: str = knob(Choice(("renumber", "keep")), "renumber")
+    newlines: str = knob(Choice(("pool", "stay")), "pool")
 
     def looks_behind(self, num_layers):
         return {BEFORE_DECODER}
 
     def measure(self, view):
-        """`distance`: a row's from its nearest neighbour. `order`: when it was chosen, from 0; infinity: never."""
+        """`distance`: a row's from its nearest neighbour. `order`: when it was chosen, from 0; infinity: never; -1: it
+        ends a line of tiles, and stays."""
         rows = view.hidden[view.visual]
-        distance, order = rows.new_zeros(2, len(rows), dtype=torch.float32)
-        for image in view.trace.alive_per_image:
-            own = slice(image[0], image[-1] + 1)
-            distance[own], order[own] = farthest_first(rows[own], number_of(self.keep, len(image)))
-            view.trace.projection_flops += 2 * len(image) ** 2 * rows.shape[1]
+        distance, order = rows.new_full((2, len(rows)), -1, dtype=torch.float32)
+        pools = view.trace.alive_per_image
+        if self.newlines == "stay":
+            images = groupby(view.crops, lambda crop: crop.image)
+            pools = [np.sort(np.concatenate([crop.rows for crop in crops])) for _, crops in images]
+        for pool in pools:
+            own = to_device(torch.from_numpy(pool), torch.int64, rows.device)
+            distance[own], order[own] = farthest_first(rows[own], number_of(self.keep, len(pool)))
+            view.trace.projection_flops += 2 * len(pool) ** 2 * rows.shape[1]
         return {"distance": distance, "order": order}
 
     def decide(self, layer, measured, trace):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..by_picture import ByPicture, each_picture
+from ..by_picture import OF_PICTURE, ByPicture, each_picture
 from ..decisions import Keep
-from ..knobs import Choice, Count, Integer, knob
+from ..knobs import Choice, Count, Integer, knob, refuse
 from ..method import number_of, register
 
 ALPHA, EPSILON = 0.09, 1e-6
@@ -29,12 +29,22 @@ class HoloV(ByPicture):
         overflow: what a run cannot take of its share goes to others (`"redistribute"`), or becomes rows of zeros behind
             the picture's (`"zeros"`, as published).
         order: of the patches that stay, `"raster"`, or run by run by descending attention (`"published"`).
+        positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
+            their positions.
     """
 
     keep: int | float = knob(Count(), 64)
     crops: int = knob(Integer(least=1), 16)
     overflow: str = knob(Choice(("redistribute", "zeros")), "redistribute")
     order: str = knob(Choice(("raster", "published")), "raster")
+    positions: str = knob(Choice(("renumber", "keep")), "renumber")
+
+    pools_tiles = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions == "keep" and self.order == "published":
+            refuse("positions", "keep", "'renumber' with 'order' 'published', which is not that of positions")
 
     def look(self, picture, rows):
         rows = rows.float()
@@ -45,26 +55,30 @@ class HoloV(ByPicture):
             similar = picture.product(run, run.T).fill_diagonal_(0)
             mean = similar.sum(1, keepdim=True) / others
             diversity.append(((similar - mean) ** 2).sum(1) / others)
-        return {"attention": picture.class_weights.mean(0), "diversity": torch.cat(diversity)}
+        return {"attention": picture.attention.mean(0), "diversity": torch.cat(diversity)}
 
     def decide(self, layer, measured, trace):
         if not measured:
             return None
         rows: list[int] = []
         lent: list[int] = []
-        for start, own in each_picture(measured):
+        ends = np.flatnonzero(measured[OF_PICTURE] < 0)  # of the lines of tiles; they stay in their places
+        for patches, own in each_picture(measured):
             kept = self._kept(own["attention"], own["diversity"])
-            missing = number_of(self.keep, len(own["attention"])) - len(kept)
+            missing = number_of(self.keep, len(patches)) - len(kept)
             # Rows of zeros need a place in the picture, and any patch that leaves has one.
-            places = np.setdiff1d(np.arange(len(own["attention"])), kept)[:missing]
-            rows += [*(start + kept), *(start + places)]
-            lent += [*(start + places)]
+            places = np.setdiff1d(np.arange(len(patches)), kept)[:missing]
+            rows += [*patches[kept], *patches[places]]
+            lent += [*patches[places]]
+
+        going = np.sort(np.array([*rows, *ends], dtype=np.int64))
+        going[~np.isin(going, ends)] = rows
 
         def zeros_behind(states: torch.Tensor) -> torch.Tensor:
-            stays = torch.from_numpy(~np.isin(rows, lent)).to(states)
-            return states[torch.tensor(rows).to(states.device)] * stays[:, None]
+            stays = torch.from_numpy(~np.isin(going, lent)).to(states)
+            return states[torch.from_numpy(going).to(states.device)] * stays[:, None]
 
-        return Keep(np.array(rows, dtype=np.int64), zeros_behind if lent else None, lent=lent)
+        return Keep(going, zeros_behind if lent else None, lent=lent)
 
     def _kept(self, attention: np.ndarray, diversity: np.ndarray) -> np.ndarray:
         """The patches of one picture that stay, in their order."""

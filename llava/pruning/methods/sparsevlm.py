@@ -13,6 +13,7 @@ from ..knobs import Choice, Count, Integer, Layers, Number, knob, refuse
 from ..method import Method, number_to_keep, register
 from ..varlen import to_device
 
+PUBLISHED_LAYERS = {"v1": (2, 6, 15, 19), "v1_5": (2, 6, 15), "v2": (2, 6, 15)}
 # The lists of the published code for an average of 192 of 576 tokens a layer.
 PUBLISHED_KEEP = {"v1": None, "v1_5": (300, 200, 110), "v2": (300, 200, 118)}
 
@@ -29,7 +30,7 @@ class SparseVLM(Method):
     Attributes:
         variant: `"v1_5"`; `"v2"` (SparseVLM+) corrects scores by what distance alone does to them, ranks by `heads`
             heads, and merges nothing; `"v1"` keeps rank(attention) · `scale` + `bias` rows, and is here to be compared.
-        layers: behind which rows leave, ascending, each 0 … L-1 (published: 2, 6, 15 of 32).
+        layers: behind which rows leave, ascending, each 0 … L-1. None: as published, 2, 6 and 15 of 32, v1 also 19.
         keep: how many stay behind each of them, merged rows apart: tokens an image, or a share of the original count,
             rounded half to even. At least one row leaves. None: as published for an average of 192 tokens.
         positions: `"renumber"` (published for v1 and v1_5): after each drop all rows are numbered from 0 again, and
@@ -40,7 +41,7 @@ class SparseVLM(Method):
     """
 
     variant: str = knob(Choice(tuple(PUBLISHED_KEEP)), "v1_5")
-    layers: tuple[int, ...] = knob(Layers(least=0, drops=True, behind=1), (2, 6, 15))
+    layers: tuple[int, ...] = knob(Layers(least=0, drops=True, behind=1, optional=True), None)  # settled below
     keep: tuple[int | float, ...] = None  # type: ignore[assignment]  # settled below
     positions: str | None = knob(Choice(("renumber", "keep"), optional=True), None)
     heads: int = knob(Integer(1), 14)
@@ -113,6 +114,8 @@ class SparseVLM(Method):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.layers is None:
+            object.__setattr__(self, "layers", PUBLISHED_LAYERS[self.variant])
         if self.keep is None:
             object.__setattr__(self, "keep", PUBLISHED_KEEP[self.variant])
         if self.positions is None:

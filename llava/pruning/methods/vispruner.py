@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..by_picture import ByPicture
-from ..knobs import Between, Count, knob
+from ..knobs import Between, Choice, Count, knob
 from ..method import number_of, register
 
 AT_ONCE = 8
@@ -24,15 +24,18 @@ class VisPruner(ByPicture):
     can change the choice. With `important` 1 this is FasterVLM.
 
     Attributes:
-        keep: tokens an image, or a share of its patches, rounded half to even.
+        keep: tokens an image, of one in tiles: of each of its crops; or a share of its patches, rounded half to even.
         important: share of them chosen by attention, 0 … 1, truncated.
+        positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
+            their positions.
     """
 
     keep: int | float = knob(Count(), 64)
     important: float = knob(Between(0, 1), 0.5)
+    positions: str = knob(Choice(("renumber", "keep")), "renumber")
 
     def look(self, picture, rows):
-        attention = picture.class_weights.mean(0)
+        attention = picture.attention.mean(0)
         count = number_of(self.keep, len(picture))
         order = attention.argsort(descending=True, stable=True)
         by_attention = int(count * self.important)
