@@ -8,7 +8,7 @@ from family_models import FAMILIES, LAYERS, family_model
 from golden_runs import GoldenCase
 
 from llava.pruning import Method, PruningConfigError, UnsupportedCallError, VisiPruner, prune
-from llava.pruning.methods import VTW, FastV, ShortV, Stride
+from llava.pruning.methods import VTW, FastV, Scope, ShortV, Stride
 
 PROMPTS = [(4, "image", 3, "image", 5), (5, "image", 6)]
 
@@ -80,6 +80,8 @@ def test_a_fork_needs_a_layer_of_the_model_and_no_cache() -> None:
         prune(model, None, forks=[(2, VTW(2), 0)]),
     ):
         model(**inputs, use_cache=True)
+    with pytest.raises(PruningConfigError, match="a fork cannot prune by 'scope'"):
+        logits(model, inputs, None, [(2, Scope(keep=4), 0)])
     late = next(name for name, family in FAMILIES.items() if family.first_layer)
     with pytest.raises(PruningConfigError, match="a fork at layer 0"):
         logits(family_model(late), FAMILIES[late].inputs(PROMPTS[1]), None, [(0, None, 0)])

@@ -512,7 +512,7 @@ def _fork(adapter: Adapter, layer: int, config: Config, prompt: int) -> Fork:
         )
     method = _method_for(adapter, config)
     if method is not None and method.needs_tower:
-        raise PruningConfigError(f"a fork cannot prune by {method.name!r}: it chooses before the decoder, once a prompt")
+        raise PruningConfigError(f"a fork cannot prune by {method.name!r}, which chooses before the decoder")
     return Fork(layer, Plan.of(method, len(adapter.layers)), prompt)
 
 
