@@ -29,6 +29,7 @@ from llava.eval.budgets import (
     CONVENTION,
     FLOORS,
     Budget,
+    chain_for,
     check_methods,
     method_for,
     tokens_a_layer,
@@ -43,6 +44,7 @@ from llava.eval.traces import PruningSummary, trace_record
 from llava.inference import (
     Answer,
     Checkpoint,
+    Clock,
     GenerationOptions,
     LoadedModel,
     LoadOptions,
@@ -114,7 +116,7 @@ def measure(contender: Contender, dense: Contender, loaded: LoadedModel) -> dict
     pruning = None
     if contender.config is not None:
         pruning = vars(PruningSummary.of(map(trace_record, contender.questions, answers)))
-    clocks = {id(answer.clock): answer.clock for answer in answers}.values()
+    clocks = clocks_of(contender)
     rates = [clock.tokens_per_second for clock in clocks]
     seconds = sum(clock.seconds for clock in clocks)
     decoder_config = model.config.get_text_config(decoder=True)
@@ -134,9 +136,32 @@ def measure(contender: Contender, dense: Contender, loaded: LoadedModel) -> dict
             kv_bytes(answer.rows_per_layer, decoder_config, model.dtype) for answer in answers
         ),
         "time_to_first_token_s": spread([clock.first_token for clock in clocks]),
+        "first_token_processor_s": spread([clock.first_token_processor for clock in clocks]),
+        "first_token_over_dense": first_token_over_dense(contender, dense, clock_of(model.device)),
         "decode_tokens_per_s": spread([rate for rate in rates if rate is not None]),
         "questions_per_s": len(answers) / seconds if seconds else None,
     }
+
+
+def clocks_of(contender: Contender) -> list[Clock]:
+    """One clock a batch, in order."""
+    return list({id(answer.clock): answer.clock for answer in contender.answers}.values())
+
+
+def clock_of(device: torch.device) -> str:
+    """The field of `Clock` that times to the first token are compared by: one busy thread's processor time repeats on
+    a machine that others use; several threads' and a GPU's is not in it."""
+    return "first_token_processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "first_token"
+
+
+def first_token_over_dense(contender: Contender, dense: Contender, clock: str) -> float | None:
+    """Median over the batches of the time to the first token, divided by dense's on the same batch; None where batches
+    were halved for want of memory."""
+    own, other = clocks_of(contender), clocks_of(dense)
+    if [each.answers for each in own] != [each.answers for each in other]:
+        return None
+    ratios = [getattr(a, clock) / getattr(b, clock) for a, b in zip(own, other, strict=True) if getattr(b, clock)]
+    return statistics.median(ratios) if ratios else None
 
 
 def interval_of(same: Sequence[bool]) -> list[float]:
@@ -223,8 +248,11 @@ def find_configs(
                 raise UserError("none of the questions that were looked at has a picture")
             visual = round(statistics.mean(prompt.num_visual for prompt in prompts))
             budget = Budget(tokens, visual, loaded.checkpoint.num_layers)
+            first, _, behind = name.partition("+")
             if name == VisiPruner.name:
                 config = visipruner_for(tokens, loaded.checkpoint.pruning_config(), ask)
+            elif behind:
+                config = chain_for(first, budget, loaded.checkpoint.pruning_config(), ask)
             else:
                 config = method_for(name, budget)
                 ask(config, 1)
@@ -262,6 +290,7 @@ def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "quantised_to": "8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
         "hardware": torch.cuda.get_device_name(model.device) if is_cuda else processor_name(),
         "threads": torch.get_num_threads(),
+        "first_token_compared_by": clock_of(model.device),
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
         "decoding": "greedy",

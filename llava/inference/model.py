@@ -99,7 +99,7 @@ class LoadedModel:
             if seed is not None and options.temperature > 0:
                 torch.manual_seed(seed)
             _wait_for(self.model.device)
-            begin = time.perf_counter()
+            begin, begin_processor = time.perf_counter(), time.thread_time()
             output = self.model.generate(
                 **given,
                 max_new_tokens=max(limits),
@@ -111,7 +111,8 @@ class LoadedModel:
             seconds = time.perf_counter() - begin
         tokens = [self._own_tokens(row)[:limit] for row, limit in zip(rows, limits, strict=True)]
         first = (watch.first_token_at or begin + seconds) - begin
-        clock = Clock(len(prompts), sum(map(len, tokens)), first, seconds)
+        first_processor = max(0.0, watch.first_token_processor - begin_processor)
+        clock = Clock(len(prompts), sum(map(len, tokens)), first, seconds, first_processor)
         traces = run.traces if run is not None else [None] * len(prompts)
         answers = []
         for prompt, ids, limit, trace in zip(prompts, tokens, limits, traces, strict=True):
@@ -215,11 +216,12 @@ class _Watch(StoppingCriteria):
     def __init__(self, stop: threading.Event | None) -> None:
         self.stop = stop
         self.first_token_at: float | None = None
+        self.first_token_processor = 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
         if self.first_token_at is None:
             _wait_for(input_ids.device)
-            self.first_token_at = time.perf_counter()
+            self.first_token_at, self.first_token_processor = time.perf_counter(), time.thread_time()
         is_stopped = self.stop is not None and self.stop.is_set()
         return torch.full((input_ids.shape[0],), is_stopped, dtype=torch.bool, device=input_ids.device)
 
