@@ -109,7 +109,7 @@ def watched(method: Method, sections: Sections) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(kind, "measure", sections.timed(MEASURE, kind.measure)))
         stack.enter_context(patch.object(kind, "decide", decide))
-        for name, part in vars(Picture).items():
+        for part in vars(Picture).values():
             if isinstance(part, cached_property):
                 stack.enter_context(patch.object(part, "func", sections.timed(TOWER, part.func)))
         stack.enter_context(patch.object(Picture, "similarity", sections.timed(TOWER, Picture.similarity)))
@@ -133,7 +133,7 @@ class Subject:
 
     @classmethod
     def make(cls, setting: Setting) -> Subject:
-        shape, (prefix, visual, text) = setting.shape, setting.part
+        shape, (prefix, visual, _) = setting.shape, setting.part
         side = isqrt(visual)
         if side**2 != visual:
             raise SystemExit(f"error: --visual {visual}: one square picture is needed, like 576")
@@ -193,7 +193,7 @@ def _config(shape: Shape, side: int) -> LlavaConfig:
 def contenders(budget: Budget, schedule: Schedule) -> tuple[dict[str, Method], dict[str, str]]:
     """Every registered method at the budget, by name; by name, why the others are not here."""
     found: dict[str, Method] = {}
-    left_out = {name: "its knobs are given, by no budget" for name in METHODS.keys() - RULES.keys()}
+    left_out = dict.fromkeys(METHODS.keys() - RULES.keys(), "its knobs are given, by no budget")
     for name in RULES:
         try:
             found[name] = method_for(name, budget)
