@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llava.constants import ANSWER_INSTRUCTION
 from llava.eval.files import iter_lines, read_answers
 from llava.eval.scoring import Scores, check_complete, mean, publish, score_parser, show
 from llava.eval.verdicts import Sums, Verdicts
@@ -32,7 +33,6 @@ PERCEPTION = (
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-_INSTRUCTION = "Answer the question using a single word or phrase."
 _YES_NO = " Please answer yes or no."
 
 #: (category, annotation file name, question) → "Yes" or "No" as the file has it
@@ -86,7 +86,7 @@ def judge(answers: Iterable[Mapping[str, Any]], truth: Truth) -> list[Judged]:
         question_id = answer["question_id"]
         category = category_of(question_id)
         file = question_id.rsplit("/", 1)[-1].split(".")[0] + ".txt"
-        prompt = answer["prompt"].replace(_INSTRUCTION, "").strip()
+        prompt = answer["prompt"].replace(ANSWER_INSTRUCTION, "").strip()
         if _YES_NO.strip() not in prompt:
             prompt += _YES_NO
         if (category, file, prompt) not in truth:

@@ -95,7 +95,10 @@ class LoadedModel:
             criteria.append(KeywordsStoppingCriteria(self._keywords, self.tokenizer))
         streamer = _Streamer(self.tokenizer, on_text) if on_text and options.num_beams == 1 else None
         given = {name: self._moved(value) for name, value in self.checkpoint.batch(prompts).items()}
-        with call_lock(self.model), prune(self.model, config) if config is not None else nullcontext() as run:
+        # A method may want each prompt's question; the others get one config for all.
+        own = [config.for_question(prompt.question) for prompt in prompts] if config is not None else []
+        configs = own if any(each != config for each in own) else config
+        with call_lock(self.model), prune(self.model, configs) if config is not None else nullcontext() as run:
             if seed is not None and options.temperature > 0:
                 torch.manual_seed(seed)
             _wait_for(self.model.device)
