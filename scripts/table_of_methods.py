@@ -1,9 +1,10 @@
 """Folders of `llava.eval.compare` → `docs/data/shipped_methods.json` and the table in `docs/methods.md`.
 
-    python scripts/table_of_methods.py comparison/gqa comparison/pope comparison/textvqa
+    python scripts/table_of_methods.py compare/gqa compare/pope compare/textvqa --times compare/times
 
 Figures are the reports'; scores, their differences to dense and the agreement are judged anew from the answers. A later
-folder adds runs to an earlier one of the same benchmark, whose dense answers have to be the same.
+folder adds runs to an earlier one of the same benchmark, whose dense answers have to be the same. The time to the first
+token is that of one comparison of all runs (`--times`), since times of different hours are not alike.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DATA, PAGE = DOCS / "data" / "shipped_methods.json", DOCS / "methods.md"
 ABOUT = ("hardware", "device", "torch", "transformers", "dtype", "threads", "batch_size", "seed", "decoding", "time")
 
 
-def collect(folders: Sequence[Path]) -> dict[str, Any]:
+def collect(folders: Sequence[Path], times: Path) -> dict[str, Any]:
     """All runs that every benchmark has, as plain values, figures rounded as they are shown."""
     reports = [(folder, read_json(folder / "report.json")) for folder in folders]
     runs: dict[str, dict[str, dict[str, Any]]] = {}  # by benchmark and run
@@ -40,13 +41,21 @@ def collect(folders: Sequence[Path]) -> dict[str, Any]:
             dense = read_answers(folder / benchmark / DENSE / "answers.jsonl")
             if DENSE in known and _texts(dense) != _texts(known[DENSE]["answers"]):
                 raise UserError(f"{folder}: its dense answers to {benchmark} are not those of the folder before it")
-            clocks = result["runs"][DENSE]["time_to_first_token_s"]
             for name, run in result["runs"].items():
                 path = folder / benchmark / name / "answers.jsonl"
-                relative = run["time_to_first_token_s"]["median"] / clocks["median"]
-                known.setdefault(name, {**run, "answers": read_answers(path), "path": path, "first_token": relative})
+                known.setdefault(name, {**run, "answers": read_answers(path), "path": path})
     common = [name for name in next(iter(runs.values())) if all(name in of for of in runs.values())]
+    timed = read_json(times / "report.json")
+    ((benchmark, clocks),) = timed["benchmarks"].items()
     return {
+        "times": {
+            **{key: timed["about"].get(key) for key in (*ABOUT, "first_token_compared_by")},
+            "benchmark": benchmark,
+            "questions": clocks["runs"][DENSE]["questions"],
+            "first_token_over_dense": {
+                name: round(run["first_token_over_dense"], 2) for name, run in clocks["runs"].items() if name in common
+            },
+        },
         "about": [{key: report["about"].get(key) for key in ABOUT} for _, report in reports],
         "questions": {benchmark: of[DENSE]["questions"] for benchmark, of in runs.items()},
         "left_out": left_out,
@@ -86,7 +95,6 @@ def _figures(run: Mapping[str, dict[str, Any]], runs: Mapping[str, Mapping[str, 
         "tokens": mean([own["tokens_a_layer"]["measured"] for own in run.values()], 1),
         "mflop": mean([own["prefill_flops"]["executed"] / 1e6 for own in run.values()], 0),
         "saved": mean([100 * own["flops_saved"]["executed"] for own in run.values()], 1),
-        "first_token": mean([own["first_token"] for own in run.values()], 2),
         "kv_kib": mean([own["kv_bytes_after_prefill"] / 1024 for own in run.values()], 0),
     }
 
@@ -107,7 +115,8 @@ def table(data: Mapping[str, Any]) -> str:
         low, high = run["interval"]
         cells = [name.removesuffix(f"-{run['asked']}"), run["asked"] or "–", run["tokens"], *scores]
         cells += [f"{run['agreement']:.1f} ({low:.1f} to {high:.1f})", f"{run['mflop']:.0f}", run["saved"]]
-        cells += [f"{run['first_token']:.2f}", f"{run['kv_kib']:.0f}"]
+        first_token = data["times"]["first_token_over_dense"].get(name)
+        cells += ["–" if first_token is None else f"{first_token:.2f}", f"{run['kv_kib']:.0f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -116,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of llava.eval.compare")
-    data = collect(parser.parse_args(argv).folders)
+    parser.add_argument("--times", required=True, type=Path, help="folder of the comparison whose times are shown")
+    args = parser.parse_args(argv)
+    data = collect(args.folders, args.times)
     write_whole(DATA, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     page = PAGE.read_text(encoding="utf-8")
     made, count = re.subn(r"\| method \| tokens asked \|(.*\n)+?(?=\n)", lambda _: table(data) + "\n", page, count=1)
