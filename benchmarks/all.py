@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from . import decode, layers, memory, prefill, probe, throughput
+from . import decode, layers, memory, methods, prefill, probe, throughput
 from .report import parser
 
 IMAGES = (576, 1152, 2928)  # one image, two, one of anyres
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     plan += [(decode, ["--batch", str(batch), "--tokens", str(parsed.tokens)]) for batch in parsed.batches]
     plan += [(throughput, ["--batch", str(batch)]) for batch in parsed.batches]
     plan += [(memory, ["--visual", str(visual)]) for visual in (*IMAGES, 2304)]
-    plan += [(probe, []), (layers, [])]
+    plan += [(methods, []), (probe, []), (layers, [])]
     failed = []
     for benchmark, own in plan:
         try:

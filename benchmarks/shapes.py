@@ -96,7 +96,7 @@ SHAPES = {
 
 def build_decoder(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LlamaForCausalLM:
     """A Llama decoder with random weights, made on `device` in `dtype`."""
-    return _build(lambda: LlamaForCausalLM(shape.decoder_config()), device, dtype, seed)
+    return build(lambda: LlamaForCausalLM(shape.decoder_config()), device, dtype, seed)
 
 
 class Tower(nn.Module):
@@ -115,10 +115,11 @@ class Tower(nn.Module):
 
 
 def build_tower(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tower:
-    return _build(lambda: Tower(shape), device, dtype, seed)
+    return build(lambda: Tower(shape), device, dtype, seed)
 
 
-def _build(make, device: torch.device, dtype: torch.dtype, seed: int):
+def build(make, device: torch.device, dtype: torch.dtype, seed: int = 0):
+    """What `make` makes, with random weights, on `device` in `dtype`."""
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -12,5 +12,8 @@ DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
 
+ANSWER_INSTRUCTION = "Answer the question using a single word or phrase."
+"""What LLaVA's question files put behind a question that wants a short answer."""
+
 SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / "tiny_llava"
 """The small model that comes with the package, in the original LLaVA layout."""

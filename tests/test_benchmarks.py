@@ -8,12 +8,14 @@ import torch
 
 from benchmarks import all as every
 from benchmarks import decode, layers, memory, prefill, probe, throughput
+from benchmarks import methods as methods_at_a_budget
 from benchmarks.hardware import Machine, prefill_roofline
 from benchmarks.shapes import SHAPES, Prompts, Schedule, build_decoder, twin
 from benchmarks.timing import Timings, interleave
 from benchmarks.variants import CEILING, DENSE, EAGER, OURS_DENSE, PRUNED, cache_bytes, make_variants, run_layers
 from llava.pruning import PruningConfigError, PruningTrace, methods
 from llava.pruning.flops import DecoderShape, dense_trace, executed_flops
+from llava.utils import UserError
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -143,6 +145,52 @@ def test_every_benchmark_prints_and_writes_its_figures(name, tmp_path, capsys, m
         assert 0 < facts["probe's share of the prefill's operator time"] < 1
 
 
+def test_methods_are_compared_at_one_budget_and_their_choice_is_timed(tmp_path, capsys) -> None:
+    own = ["--visual", "25", "--tokens", "12", "--repetitions", "2", "--output", str(tmp_path)]
+    methods_at_a_budget.main([*SMALL, *own])
+    assert "random weights" in capsys.readouterr().out
+    content = json.loads((tmp_path / "methods_tiny_cpu_float32_b1_v25.json").read_text())
+    facts = content["facts"]
+    assert set(facts["left out (12 visual tokens a layer)"]) >= {"shortv", "chain", "schedule"}
+    (rows,) = content["tables"].values()
+    dense, *table = rows
+    assert dense["method"] == DENSE and dense["dense / this"] == 1
+    by_name = {row["method"]: row for row in table}
+    assert by_name.keys() == set(facts["knobs (12 visual tokens a layer)"])
+    assert by_name.keys() >= {"fastv", "sparsevlm", "visionzip", "scope", "divprune", methods_at_a_budget.FORCED}
+    coarse = {"pool": 4, "vtw": 2}
+    for name, row in by_name.items():
+        assert abs(row["tokens a layer"] - 12) <= coarse.get(name, 1), name
+        assert row["by FLOPs"] > 1 and row["ms"] > 0 and row["ceiling / this"] > 0
+        assert 0 < row["choosing, % of this"] < 100
+    assert by_name["scope"]["tower signals, ms"] > 0 and by_name["visionzip"]["merge, ms"] > 0
+    assert by_name["divprune"]["tower signals, ms"] == by_name["divprune"]["merge, ms"] == 0
+    assert by_name["divprune"]["measure, ms"] > by_name["random"]["measure, ms"]
+
+
+def test_nested_sections_are_timed_for_the_inner_one() -> None:
+    sections = methods_at_a_budget.Sections(CPU)
+    inner = sections.timed("tower signals", lambda: sum(range(200_000)))
+    with sections.section("measure"):
+        inner()
+    spent = sections.seconds(sections.take(), "cpu")
+    assert 0 <= spent["measure"] < spent["tower signals"] and spent["decide"] == 0
+    assert sections.take() == []
+
+
+@pytest.mark.parametrize("tokens", [40, 8])
+def test_forced_decisions_meet_the_budget(tokens) -> None:
+    budget = methods_at_a_budget.Budget(tokens, 60, 8)
+    if tokens == 8:
+        with pytest.raises(UserError, match="layers 0 and 1 hold all 60"):
+            methods_at_a_budget.forced(budget, TINY.schedule)
+    else:
+        method = methods_at_a_budget.forced(budget, TINY.schedule)
+        assert abs(budget.mean([method.select_layer + 1], [method.keep]) - tokens) <= 0.5
+    first, last = methods_at_a_budget.chained(methods_at_a_budget.Budget(20, 60, 8), TINY.schedule).steps
+    assert abs(first.keep * (last.select_layer + 1) + last.keep * (last.exit_layer - last.select_layer - 1) - 160) <= 2
+
+
 def test_layers_alone_compute_what_the_decoder_computes(model):
     hidden = torch.randn(1, 7, TINY.hidden)
     given = (hidden, *model.model.rotary_emb(hidden, position_ids=torch.arange(7)[None]))
@@ -165,7 +213,7 @@ def test_all_hands_shared_arguments_on_and_goes_on_after_running_out_of_memory(m
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     monkeypatch.setattr(every.gc, "collect", lambda: None)  # seconds in a process as large as this
-    for benchmark in (prefill, decode, throughput, probe, layers):
+    for benchmark in (prefill, decode, throughput, methods_at_a_budget, probe, layers):
         monkeypatch.setattr(benchmark, "main", runs.append)
     monkeypatch.setattr(memory, "main", short_of_memory)
     with pytest.raises(SystemExit, match="2304: tried to allocate 2 GiB"):

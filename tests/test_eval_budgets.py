@@ -112,6 +112,24 @@ def test_visipruner_by_its_threshold(compared, bench, tmp_path, knobs):
     assert "no 'tokens_threshold' gives 2 tokens" in result["left_out"]["visipruner-2"]
 
 
+def test_a_chain_keeps_before_the_decoder_what_visipruner_does_not_need(compared, bench, tmp_path):
+    config = {"mode": ["middle"], "shallow_mid_layer": 1, "layer_threshold": 0.9999, "tokens_threshold": 0.3}
+    (compared[0] / "pruning_config.json").write_text(json.dumps(config))
+    chains = "divprune+visipruner,pool+visipruner,vtw+visipruner"
+    argv = ["--method", chains, "--no-floors", "--tokens", "12"]
+    try:
+        assert main(_argv(compared[0], bench, tmp_path / "out", *argv)) == 0
+    finally:
+        (compared[0] / "pruning_config.json").unlink()
+    result = _result(tmp_path / "out")
+    run = result["runs"]["divprune+visipruner-12"]
+    first, last = run["config"]["steps"]
+    assert (run["config"]["method"], first["method"]) == ("chain", "divprune")
+    assert config.items() <= last.items()  # the model's own knobs, untouched
+    assert abs(run["tokens_a_layer"]["measured"] - 12) <= 1
+    assert "behind layer" in result["left_out"]["vtw+visipruner-12"]
+
+
 def test_a_model_without_the_tower_is_named(bench, tmp_path):
     model = write_stock(tmp_path / "m")
     argv = ["--method", "vispruner,fastv", "--no-floors", "--tokens", "8", "--limit", 2]
@@ -126,6 +144,10 @@ def test_a_model_without_the_tower_is_named(bench, tmp_path):
     [
         (("--method", "fastvv", "--tokens", "8"), "did you mean 'fastv'"),
         (("--method", "shortv", "--tokens", "8"), "--method shortv: no number of tokens a layer settles its knobs"),
+        (("--method", "divprune+fastv", "--tokens", "8"), "like divprune\\+visipruner"),
+        (("--method", "visipruner+visipruner", "--tokens", "8"), "a chain is one method and VisiPruner behind it"),
+        (("--method", "divprun+visipruner", "--tokens", "8"), "did you mean 'divprune'"),
+        (("--method", "shortv+visipruner", "--tokens", "8"), "no number of tokens a layer settles its knobs"),
         (("--method", "fastv"), "--method and --tokens go together"),
         (("--tokens", "8"), "--method and --tokens go together"),
         (("--method", "fastv", "--tokens", "8,x"), "--tokens 8,x"),

@@ -1,13 +1,15 @@
 """The comparison: its figures against the traces, the configs' own FLOPs and the answers it writes."""
 
 import json
+import types
 
 import pytest
 from eval_helpers import PRUNING, read_lines, write_benchmark, write_model
 
-from llava.eval import compare
+from llava.eval import compare, compare_page
 from llava.eval.compare import main, spread
 from llava.eval.traces import PruningSummary
+from llava.inference import Clock
 from llava.utils import UserError
 
 
@@ -68,8 +70,6 @@ def test_what_was_saved_is_the_difference_to_dense(compared):
 
 def test_dense_kv_bytes_by_hand(compared):
     """Rows of the prompt times layers, keys and values, two KV heads of six numbers, four bytes."""
-    import types
-
     import torch
 
     config = types.SimpleNamespace(num_key_value_heads=2, head_dim=6)
@@ -88,6 +88,55 @@ def test_table_and_plot(compared):
     assert "|  | dense | published | never |" in table
     assert "| visual tokens kept | – | " in table and "questions by selecting layer" in table
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_stands_alone_and_names_its_conventions(compared):
+    page = (compared[0] / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "") and "<script" not in page and 'src="data:image/png' in page
+    for words in ("tokens a layer", "FLOPs (executed)", "paired bootstrap", "seed 0", "Wilson", "vision tower in it"):
+        assert words in page
+    assert '<th scope="row">published</th>' in page and "shallow_mid_layer" in page
+    conventions = compare_page.conventions(_runs(compared[0])[0])
+    assert all(words in (compared[0] / "report.md").read_text() for words in conventions.values())
+
+
+def test_conventions_of_the_benchmarks_scores_are_named(compared):
+    report, runs = _runs(compared[0])
+    for name, scores, words in (
+        ("mme", {"score": 1.0, "cognition": None}, "Perception, of 2000 (the sum of acc and acc+"),
+        ("textvqa", {"score": 1.0, "prompts": {"with OCR tokens": 3, "without OCR tokens": 0}}, "with OCR tokens: 3"),
+    ):
+        report["benchmarks"] = {name: {"runs": {"dense": {**runs["dense"], "scores": scores}}}}
+        assert words in compare_page.conventions(report)["score"]
+
+
+def test_the_front_is_what_no_run_beats_in_both():
+    points = [(3.0, 9.0), (1.0, 2.0), (2.0, 2.0), (2.0, 5.0), (4.0, 8.0)]
+    assert compare_page.pareto_front(points) == [(1.0, 2.0), (2.0, 5.0), (3.0, 9.0)]
+
+
+def test_times_to_the_first_token_are_compared_batch_by_batch():
+    def asked(seconds, answers=2):
+        clocks = [Clock(answers, 4, second, 2 * second, second / 2) for second in seconds]
+        return types.SimpleNamespace(answers=[types.SimpleNamespace(clock=clock) for clock in clocks for _ in "ab"])
+
+    dense, pruned = asked([1.0, 10.0, 3.0]), asked([0.5, 4.0, 3.0])
+    for clock in ("first_token", "first_token_processor"):
+        assert compare.first_token_over_dense(pruned, dense, clock) == 0.5  # pairs 0.5, 0.4 and 1
+    assert compare.first_token_over_dense(pruned, asked([1.0, 10.0, 3.0], 1), "first_token") is None
+
+
+def test_differences_to_dense_come_with_intervals(tmp_path):
+    argv = ["--benchmark", "mme", "--limit", 8, "--batch-size", 4, "--max_new_tokens", 2, "--device", "cpu"]
+    argv += ["--config", 'gone={"method": "vtw", "layer": 1}', "-o", tmp_path / "out"]
+    assert main([str(part) for part in argv]) == 0
+    runs = json.loads((tmp_path / "out" / "report.json").read_text())["benchmarks"]["mme"]["runs"]
+    assert runs["dense"]["score_difference"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    difference = runs["gone"]["score_difference"]
+    assert difference["value"] == pytest.approx(runs["gone"]["scores"]["score"] - runs["dense"]["scores"]["score"])
+    low, high = difference["interval"]
+    assert low <= difference["value"] <= high and low < 0
+    assert f"{difference['value']:+.2f} ({low:+.2f} to {high:+.2f})" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_an_older_report_is_moved_aside(compared):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from eval_helpers import arguments, read_lines, without_ids, write_benchmark, write_model
 from tiny_stock import write_stock
 from visual_helpers import noise
 
+from llava.constants import ANSWER_INSTRUCTION
 from llava.eval import compare, model_vqa_loader
 from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Responder, Turn, open_checkpoint
-from llava.pruning.methods import FastV
+from llava.pruning import Method, PruningConfigError
+from llava.pruning.decisions import Keep
+from llava.pruning.methods import VTW, Chain, FastV
 
 # Of eight layers; keeps other tokens for other pictures.
 STOCK_CONFIG = {"mode": ["middle"], "shallow_mid_layer": 2, "layer_threshold": 0.9999, "tokens_threshold": 0.2}
@@ -106,3 +111,45 @@ def test_the_comparison_takes_transformers_families(stock, tmp_path) -> None:
     runs = json.loads((tmp_path / "out" / "report.json").read_text())["benchmarks"]["questions"]["runs"]
     assert runs["exit"]["flops_saved"]["paper"] == pytest.approx(0.5)
     assert runs["exit"]["kv_bytes_after_prefill"] < runs["dense"]["kv_bytes_after_prefill"]
+
+
+@dataclass(frozen=True)
+class Asked(Method):
+    """Keeps as many rows as the question has words."""
+
+    question: str | None = None
+
+    def for_question(self, question):
+        return replace(self, question=question)
+
+    def looks_behind(self, num_layers):
+        return {1}
+
+    def decide(self, layer, measured, trace):
+        return Keep(np.arange(len(self.question.split()))) if layer == 1 else None
+
+
+def test_every_prompt_of_a_batch_is_pruned_for_its_own_bare_question(loaded) -> None:
+    pictures = [loaded.checkpoint.read_picture(noise((40, 30), 0))]
+    questions = ["w1", f"<image>\nw2 w3\n{ANSWER_INSTRUCTION}", "w4 w5 w6"]
+    prompts = [loaded.checkpoint.encode([Turn(question.replace("<image>\n", ""), pictures)]) for question in questions]
+    assert [prompt.question for prompt in prompts] == ["w1", "w2 w3", "w4 w5 w6"]
+    for config in (Asked(), Chain((Asked(), VTW(3)))):
+        answers = loaded.answer_batch(prompts, config, GenerationOptions(max_new_tokens=2))
+        assert [answer.kept for answer in answers] == [1, 2, 3]
+    # A later turn's question is the one that is asked.
+    turns = [Turn("w1 w2 w3", pictures, answers[0]), Turn("w7 w8", [])]
+    assert loaded.checkpoint.encode(turns).question == "w7 w8"
+
+
+def test_cdpruner_takes_the_question_of_the_prompt_unless_it_has_one() -> None:
+    config = Method.from_any({"method": "cdpruner", "relevance": "clip", "clip": "a/folder"})
+    assert Method.from_any(config.to_dict()) == config
+    assert config.for_question("What?").question == "What?"
+    assert config.for_question("What?").for_question("Who?").question == "What?"
+    chain = Chain((config, VTW(3))).for_question("What?")
+    assert chain.steps[0].question == "What?"
+    without = Method.from_any({"method": "cdpruner"})
+    assert without.for_question("What?") is without
+    with pytest.raises(PruningConfigError, match="'question' is missing"):
+        config.bind(4, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import pytest
 from golden_runs import CASES, METHOD_CASES
 
 from llava.pruning import METHODS, Method
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import table_of_methods
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
@@ -60,3 +65,14 @@ def test_published_scores_name_their_source_and_doubt_and_stand_in_the_page() ->
         assert row["method"] in {*METHODS, "dense"} and row["tokens"] in (576, 192, 128, 64)
         assert row["scores"] and set(row["scores"]) <= set(BENCHMARKS)
     assert published_table() in PAGE
+
+
+def test_the_table_of_the_shipped_model_is_that_of_the_data_file() -> None:
+    data = json.loads((DOCS / "data" / "shipped_methods.json").read_text(encoding="utf-8"))
+    assert sum(data["questions"].values()) >= 1000
+    assert table_of_methods.table(data) in PAGE
+    for run in data["runs"].values():
+        for config in [run["config"]] if "config" in run else run["configs"].values():
+            Method.from_any(config)
+        for value, low, high in run["differences"].values():
+            assert low <= value <= high

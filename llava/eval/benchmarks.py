@@ -21,6 +21,7 @@ from llava.eval import eval_gqa, eval_mme, eval_pope, eval_textvqa
 from llava.eval.files import read_jsonl, to_json
 from llava.eval.scoring import Scores, show
 from llava.eval.traces import PruningSummary
+from llava.eval.verdicts import Verdicts
 from llava.inference import open_checkpoint
 from llava.mm_utils import get_model_name_from_path
 from llava.model.recommended import PUBLISHED as PUBLISHED_CONFIG
@@ -40,6 +41,7 @@ class Benchmark:
     Attributes:
         name: as scripts call it; ``title``: as people do; ``unit``: of the headline score.
         truth: file or folder of the right answers.
+        score_files, judge_files: the scorer's, for these files; print_scores: its table.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Benchmark:
     truth: str
     score_files: Callable[[Files, Path, bool], Scores]
     print_scores: Callable[[Scores], None]
+    judge_files: Callable[[Files, Path], Verdicts]
 
     def files(self, data: str | Path | None = None) -> Files:
         """Find the files: in ``data``, else among the user's, else among those that come with the project.
@@ -80,6 +83,10 @@ class Benchmark:
         """Score an answers file by the benchmark's published rule."""
         return self.score_files(files, Path(answers), allow_partial)
 
+    def judge(self, files: Files, answers: str | Path) -> Verdicts:
+        """What each answer of a file gives to the score."""
+        return self.judge_files(files, Path(answers))
+
 
 @dataclass(frozen=True)
 class Files:
@@ -109,6 +116,7 @@ BENCHMARKS = {
             "gqa/data/testdev_balanced_questions.json",
             lambda files, answers, partial: eval_gqa.score_files(files.truth, answers, allow_partial=partial),
             eval_gqa.print_scores,
+            lambda files, answers: eval_gqa.judge_files(files.truth, answers),
         ),
         Benchmark(
             "mme",
@@ -121,6 +129,7 @@ BENCHMARKS = {
                 files.truth, answers, allow_partial=partial, results_dir=answers.parent / "results"
             ),
             eval_mme.print_scores,
+            lambda files, answers: eval_mme.judge_files(files.truth, answers),
         ),
         Benchmark(
             "textvqa",
@@ -131,6 +140,7 @@ BENCHMARKS = {
             "textvqa/TextVQA_0.5.1_val.json",
             lambda files, answers, partial: eval_textvqa.score_files(files.truth, answers, allow_partial=partial),
             eval_textvqa.print_scores,
+            lambda files, answers: eval_textvqa.judge_files(files.truth, answers),
         ),
         Benchmark(
             "pope",
@@ -143,6 +153,7 @@ BENCHMARKS = {
                 files.truth, files.questions, answers, allow_partial=partial
             ),
             eval_pope.print_scores,
+            lambda files, answers: eval_pope.judge_files(files.truth, files.questions, answers),
         ),
     )
 }

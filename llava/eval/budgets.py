@@ -20,7 +20,7 @@ from typing import Any
 from llava.inference import Answer
 from llava.pruning import METHODS, Method, VisiPruner
 from llava.pruning.method import method_named
-from llava.pruning.methods import Pool
+from llava.pruning.methods import Chain, Pool
 from llava.utils import UserError
 
 CONVENTION = "visual rows that a layer processes in the prefill, mean over all layers and all questions with images"
@@ -183,11 +183,17 @@ def check_methods(names: Sequence[str]) -> None:
 
     Raises:
         PruningConfigError: no such method; the nearest name is suggested.
-        UserError: a method that no number of tokens a layer settles.
+        UserError: a method that no number of tokens a layer settles, or a chain that does not end in VisiPruner.
     """
     for name in names:
-        if name not in RULES and name != VisiPruner.name:
-            method_named(name)
+        first, *behind = name.split("+")
+        if behind not in ([], [VisiPruner.name]) or (behind and first == VisiPruner.name):
+            raise UserError(
+                f"--method {name}: a chain is one method and VisiPruner behind it, like divprune+{VisiPruner.name}; "
+                "give others by --config"
+            )
+        if first not in RULES and first != VisiPruner.name:
+            method_named(first)
             raise UserError(
                 f"--method {name}: no number of tokens a layer settles its knobs; give them by --config. "
                 f"--method takes {', '.join(sorted({*RULES, VisiPruner.name} & METHODS.keys()))}"
@@ -209,13 +215,17 @@ def tokens_a_layer(answer: Answer) -> float:
     return sum(rows - text for rows in answer.rows_per_layer) / len(answer.rows_per_layer)
 
 
-def visipruner_for(tokens: int, config: Method, ask: Callable[[Method], Sequence[Answer]]) -> Method:
+Ask = Callable[[Method], Sequence[Answer]]
+"""Answers to some prompts under a method."""
+
+
+def visipruner_for(tokens: int, config: Method, ask: Ask) -> Method:
     """VisiPruner with the `tokens_threshold` that comes nearest to a budget on some prompts.
 
     Args:
         tokens: visual tokens a layer that are asked for.
         config: the other knobs, the model's own.
-        ask: answers to these prompts under a method.
+        ask: answers to these prompts.
 
     Raises:
         UserError: no middle stage, or no threshold comes near.
@@ -231,11 +241,58 @@ def visipruner_for(tokens: int, config: Method, ask: Callable[[Method], Sequence
         for norm in lengths
         if norm > 0
     )
+    method, got = _nearest(tokens, len(norms), lambda place: replace(config, tokens_threshold=norms[place]), ask)
+    if method is None or _is_far(got, tokens):
+        reached = "it selects nothing" if method is None else f"the nearest that it gives is {got:.1f}"
+        raise UserError(
+            f"no 'tokens_threshold' gives {tokens} tokens a layer with the model's other thresholds ({reached}); "
+            "give its knobs by --config"
+        )
+    return method
+
+
+def chain_for(first: str, budget: Budget, last: Method, ask: Ask) -> Method:
+    """`first`, and behind it `last` with its knobs as they are: the number that `first` keeps is found on some prompts.
+
+    Args:
+        first: a method in `RULES` that decides before `last` does.
+        last: VisiPruner with the model's own knobs.
+        ask: answers to these prompts.
+
+    Raises:
+        UserError: no number comes near the budget, or both decide behind the same layers.
+    """
+
+    def chain(left_out: int) -> Method:
+        step = method_for(first, replace(budget, tokens=budget.visual - 1 - left_out))
+        return Chain((step, last)).validate_for(budget.layers)
+
+    method, got = _nearest(budget.tokens, budget.visual - 1, chain, ask)
+    if method is None or _is_far(got, budget.tokens):
+        raise UserError(
+            f"no number of tokens that {first!r} keeps gives {budget.tokens} tokens a layer with the model's own "
+            f"{last.name!r} behind it (the nearest is {got:.1f}); give its knobs by --config"
+        )
+    return method
+
+
+def _nearest(tokens: int, count: int, method_at: Callable[[int], Method], ask: Ask) -> tuple[Method | None, float]:
+    """Of `count` methods that leave fewer tokens from one to the next, that nearest to `tokens` a layer, by bisection,
+    and what it leaves; None where there are none.
+
+    Raises:
+        UserError: what the first of them says, where none can be had.
+    """
     tried: dict[float, Method] = {}
-    low, high = 0, len(norms) - 1
+    refused: UserError | None = None
+    low, high = 0, count - 1
     while low <= high and len(tried) < 10:
         middle = (low + high) // 2
-        method = replace(config, tokens_threshold=norms[middle])
+        try:
+            method = method_at(middle)
+        except UserError as error:  # so few cannot be had
+            refused, high = refused or error, middle - 1
+            continue
         answers = ask(method)
         got = sum(map(tokens_a_layer, answers)) / len(answers)
         tried[got] = method
@@ -243,11 +300,13 @@ def visipruner_for(tokens: int, config: Method, ask: Callable[[Method], Sequence
             low = middle + 1
         else:
             high = middle - 1
-    nearest = min(tried, key=lambda got: abs(got - tokens), default=None)
-    if nearest is None or abs(nearest - tokens) > max(1, 0.05 * tokens):
-        reached = "it selects nothing" if nearest is None else f"the nearest that it gives is {nearest:.1f}"
-        raise UserError(
-            f"no 'tokens_threshold' gives {tokens} tokens a layer with the model's other thresholds ({reached}); "
-            "give its knobs by --config"
-        )
-    return tried[nearest]
+    if refused is not None and not tried:
+        raise refused
+    if not tried:
+        return None, 0.0
+    nearest = min(tried, key=lambda got: abs(got - tokens))
+    return tried[nearest], nearest
+
+
+def _is_far(got: float, tokens: int) -> bool:
+    return abs(got - tokens) > max(1, 0.05 * tokens)

@@ -9,7 +9,6 @@ that all meet the same machine.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -26,23 +25,26 @@ from tqdm import tqdm
 
 from llava.eval.benchmarks import BENCHMARKS, published
 from llava.eval.budgets import (
-    CONVENTION,
     FLOORS,
     Budget,
+    chain_for,
     check_methods,
     method_for,
     tokens_a_layer,
     visipruner_for,
 )
+from llava.eval.compare_page import DENSE, brief, markdown, page, plot
 from llava.eval.files import move_aside, sha256_of, to_json, to_jsonl
 from llava.eval.prompts import PromptBatch, prompt_batches
 from llava.eval.questions import Question, read_questions
 from llava.eval.run_files import answer_record
-from llava.eval.scoring import cell, mean, show
+from llava.eval.scoring import Scores, mean, show
 from llava.eval.traces import PruningSummary, trace_record
+from llava.eval.verdicts import Verdicts, difference_interval
 from llava.inference import (
     Answer,
     Checkpoint,
+    Clock,
     GenerationOptions,
     LoadedModel,
     LoadOptions,
@@ -55,7 +57,6 @@ from llava.pruning import Method, PruningTrace, VisiPruner
 from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops
 from llava.utils import UserError, processor_name, run_main, write_whole
 
-DENSE = "dense"
 # Prompts that a budget is found on: enough to see how long they are, few enough to be asked several times.
 _SAMPLE = 24
 
@@ -114,7 +115,7 @@ def measure(contender: Contender, dense: Contender, loaded: LoadedModel) -> dict
     pruning = None
     if contender.config is not None:
         pruning = vars(PruningSummary.of(map(trace_record, contender.questions, answers)))
-    clocks = {id(answer.clock): answer.clock for answer in answers}.values()
+    clocks = clocks_of(contender)
     rates = [clock.tokens_per_second for clock in clocks]
     seconds = sum(clock.seconds for clock in clocks)
     decoder_config = model.config.get_text_config(decoder=True)
@@ -134,9 +135,32 @@ def measure(contender: Contender, dense: Contender, loaded: LoadedModel) -> dict
             kv_bytes(answer.rows_per_layer, decoder_config, model.dtype) for answer in answers
         ),
         "time_to_first_token_s": spread([clock.first_token for clock in clocks]),
+        "first_token_processor_s": spread([clock.first_token_processor for clock in clocks]),
+        "first_token_over_dense": first_token_over_dense(contender, dense, clock_of(model.device)),
         "decode_tokens_per_s": spread([rate for rate in rates if rate is not None]),
         "questions_per_s": len(answers) / seconds if seconds else None,
     }
+
+
+def clocks_of(contender: Contender) -> list[Clock]:
+    """One clock a batch, in order."""
+    return list({id(answer.clock): answer.clock for answer in contender.answers}.values())
+
+
+def clock_of(device: torch.device) -> str:
+    """The field of `Clock` that times to the first token are compared by: one busy thread's processor time repeats on
+    a machine that others use; several threads' and a GPU's is not in it."""
+    return "first_token_processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "first_token"
+
+
+def first_token_over_dense(contender: Contender, dense: Contender, clock: str) -> float | None:
+    """Median over the batches of the time to the first token, divided by dense's on the same batch; None where batches
+    were halved for want of memory."""
+    own, other = clocks_of(contender), clocks_of(dense)
+    if [each.answers for each in own] != [each.answers for each in other]:
+        return None
+    ratios = [getattr(a, clock) / getattr(b, clock) for a, b in zip(own, other, strict=True) if getattr(b, clock)]
+    return statistics.median(ratios) if ratios else None
 
 
 def interval_of(same: Sequence[bool]) -> list[float]:
@@ -146,6 +170,13 @@ def interval_of(same: Sequence[bool]) -> list[float]:
     centre = (share + z**2 / (2 * count)) / shrunk
     half = z / shrunk * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def score_difference(scores: Scores, verdicts: Verdicts, dense: Verdicts) -> dict[str, Any] | None:
+    """A run's score minus dense's, and its 95 % interval; None where there is no score."""
+    if scores["score"] is None:
+        return None
+    return {"value": scores["score"] - dense.total(), "interval": difference_interval(verdicts, dense)}
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -223,8 +254,11 @@ def find_configs(
                 raise UserError("none of the questions that were looked at has a picture")
             visual = round(statistics.mean(prompt.num_visual for prompt in prompts))
             budget = Budget(tokens, visual, loaded.checkpoint.num_layers)
+            first, _, behind = name.partition("+")
             if name == VisiPruner.name:
                 config = visipruner_for(tokens, loaded.checkpoint.pruning_config(), ask)
+            elif behind:
+                config = chain_for(first, budget, loaded.checkpoint.pruning_config(), ask)
             else:
                 config = method_for(name, budget)
                 ask(config, 1)
@@ -262,6 +296,7 @@ def about(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "quantised_to": "8 bit" if args.load_8bit else "4 bit" if args.load_4bit else None,
         "hardware": torch.cuda.get_device_name(model.device) if is_cuda else processor_name(),
         "threads": torch.get_num_threads(),
+        "first_token_compared_by": clock_of(model.device),
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
         "decoding": "greedy",
@@ -322,6 +357,7 @@ def compare(
         "published": published(args.model_path, name, kind),
         "runs": {},
     }
+    dense_verdicts: Verdicts | None = None
     for contender in contenders:
         answers = out / name / contender.name / "answers.jsonl"
         replies = zip(contender.questions, contender.answers, strict=True)
@@ -330,133 +366,15 @@ def compare(
         figures = measure(contender, contenders[0], loaded)
         if benchmark is not None:
             is_partial = len(contender.answers) < len(read_questions(question_file, image_folder))
-            figures = {"scores": benchmark.score(files, answers, allow_partial=is_partial), **figures}
+            scores, verdicts = (
+                benchmark.score(files, answers, allow_partial=is_partial),
+                benchmark.judge(files, answers),
+            )
+            dense_verdicts = dense_verdicts or verdicts  # the first
+            difference = score_difference(scores, verdicts, dense_verdicts)
+            figures = {"scores": scores, "score_difference": difference, **figures}
         result["runs"][contender.name] = figures
     return result
-
-
-# --- showing ---
-
-_FIGURES = (
-    "score",
-    "answers as dense, %",
-    "as dense, 95 % interval",
-    "tokens a layer, asked",
-    "tokens a layer",
-    "visual tokens kept",
-    "selecting layer",
-    "exit layer",
-    *(f"prefill FLOPs saved, % ({name})" for name in CONVENTIONS),
-    "KV after prefill, KiB",
-    "first token, ms (p90)",
-    "decode tokens/s (p90)",
-    "questions/s",
-)
-
-
-# What a terminal has room for where every run is a row.
-_BRIEF = ("", "score", "answers as dense, %", "tokens a layer", "prefill FLOPs saved, % (executed)")
-
-
-def has_budgets(result: dict[str, Any]) -> bool:
-    """Whether knobs were found for numbers of tokens a layer."""
-    return any(run["tokens_a_layer"]["asked"] for run in result["runs"].values())
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Columns (a run each, published scores at the end) and rows (a figure each) of one benchmark's table; with
-    methods at budgets, which are many runs, the other way round."""
-    columns: dict[str, tuple[Any, ...]] = {"": _FIGURES}
-    for name, run in result["runs"].items():
-        pruning = run["pruning"] or {}
-        columns[name] = (
-            run["scores"]["score"] if "scores" in run else None,
-            100 * run["agreement_with_dense"],
-            "{:.1f} to {:.1f}".format(*(100 * bound for bound in run["agreement_interval"])),
-            run["tokens_a_layer"]["asked"],
-            run["tokens_a_layer"]["measured"],
-            pruning.get("kept"),
-            pruning.get("select_layer"),
-            pruning.get("exit_layer"),
-            *(None if share is None else 100 * share for share in run["flops_saved"].values()),
-            run["kv_bytes_after_prefill"] / 1024,
-            _with_p90(run["time_to_first_token_s"], 1000),
-            _with_p90(run["decode_tokens_per_s"], 1),
-            run["questions_per_s"],
-        )
-    for name, score in result["published"].items():
-        columns[f"{name}, published"] = (score, *[None] * (len(_FIGURES) - 1))
-    if has_budgets(result):
-        (corner, figures), *runs = columns.items()
-        return [corner, *figures], [(name, *values) for name, values in runs]
-    return list(columns), list(zip(*columns.values(), strict=True))
-
-
-def _with_p90(values: dict[str, float | None], scale: float) -> str | None:
-    if values["median"] is None or values["p90"] is None:
-        return None
-    return f"{scale * values['median']:.1f} ({scale * values['p90']:.1f})"
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown tables."""
-    facts = report["about"]
-    parts = [
-        f"# {facts['model']}: dense and pruned",
-        f"{facts['hardware']}, {facts['device']}, {facts['dtype']}, batch {facts['batch_size']}, torch "
-        f"{facts['torch']}, transformers {facts['transformers']}, {facts['time']}",
-    ]
-    for name, result in report["benchmarks"].items():
-        unit = BENCHMARKS[name].unit if name in BENCHMARKS else "no score"
-        questions = result["runs"][DENSE]["questions"]
-        columns, rows = table(result)
-        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" + "---:|" * (len(columns) - 1)]
-        lines += ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]
-        parts += [f"## {name} ({result['data']} data, {questions} questions; score: {unit})", "\n".join(lines)]
-        parts.append(f"Tokens a layer: {CONVENTION}.")
-        parts += [f"{way} is left out: {why}" for way, why in result["left_out"].items()]
-        for way, run in result["runs"].items():
-            if run["pruning"]:
-                parts.append(
-                    f"{way}: `{json.dumps(run['config'])}`; questions by selecting layer "
-                    f"{run['pruning']['select_histogram']}, by exit layer {run['pruning']['exit_histogram']}"
-                )
-    return "\n\n".join(parts) + "\n"
-
-
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Score against executed FLOPs of the prefill, one panel a benchmark."""
-    from matplotlib.figure import Figure
-
-    scored = {
-        name: result for name, result in report["benchmarks"].items() if "scores" in result["runs"][DENSE]
-    } or report["benchmarks"]
-    figure = Figure(figsize=(4.2 * len(scored), 3.6), layout="constrained")
-    for axes, (name, result) in zip(figure.subplots(1, len(scored), squeeze=False)[0], scored.items(), strict=True):
-        has_score = "scores" in result["runs"][DENSE]
-        lines: dict[str, list[tuple[float, float]]] = {}  # a method's budgets are one line
-        for way, run in result["runs"].items():
-            value = run["scores"]["score"] if has_score else 100 * run["agreement_with_dense"]
-            executed = run["prefill_flops"]["executed"] / 1e9
-            line = way.removesuffix(f"-{run['tokens_a_layer']['asked']}")
-            lines.setdefault(line, []).append((executed, value))
-        markers = "o" + "s" * (len(lines) - 1) if not has_budgets(result) else "osv^<>DPX*hdp" * len(lines)
-        for (line, points), marker in zip(lines.items(), markers, strict=False):
-            axes.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=6, label=line)
-            if not has_budgets(result):
-                axes.annotate(line, points[0], xytext=(6, 6), textcoords="offset points")
-        if has_budgets(result):
-            axes.legend(fontsize=6, loc="lower right", ncols=2)
-        axes.set_title(f"{BENCHMARKS[name].title if name in BENCHMARKS else name} ({result['data']} data)")
-        axes.set_xlabel("executed prefill FLOPs, mean (GFLOP)")
-        axes.set_ylabel(BENCHMARKS[name].unit if has_score else "answers as dense, %")
-        axes.margins(y=0.3)
-        # Room for the labels, which stand to the right of their points.
-        axes.set_xlim(0, 1.3 * max(run["prefill_flops"]["executed"] / 1e9 for run in result["runs"].values()))
-        axes.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -501,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
     configs = read_configs(args.config, checkpoint, asked)
     out = Path(args.output)
-    for old in ("report.json", "report.md", "report.png"):
+    for old in ("report.json", "report.md", "report.png", "report.html"):
         moved = move_aside(out / old)
         if moved:
             print(f"Moved aside: {moved}")
@@ -512,16 +430,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["benchmarks"][name] = compare(args, name, loaded, configs, asked, out)
         write_whole(out / "report.json", to_json(report))
         write_whole(out / "report.md", markdown(report))
-        columns, rows = table(report["benchmarks"][name])
-        if has_budgets(report["benchmarks"][name]):
-            places = [columns.index(figure) for figure in _BRIEF]
-            columns, rows = list(_BRIEF), [tuple(row[place] for place in places) for row in rows]
-        show(name, columns, rows)
+        show(name, *brief(report["benchmarks"][name]))
     try:
-        plot(report, out / "report.png")
-    except ImportError:
-        print("No plot: matplotlib is missing (pip install 'llava-visipruner[viz]')", file=sys.stderr)
-    print(f"Report: {out / 'report.md'}, report.json, report.png")
+        figure = plot(report)
+        write_whole(out / "report.html", page(report, figure))
+        (out / "report.png").write_bytes(figure)
+    except ImportError as error:
+        print(f"No figure and no page: {error.name} is missing (pip install 'llava-visipruner[viz]')", file=sys.stderr)
+    print(f"Report: {out / 'report.html'}, report.md, report.json, report.png")
     not_asked = sum(len(result["not_asked"]) for result in report["benchmarks"].values())
     if not_asked:
         print(f"{not_asked} questions could not be asked; they are listed in report.json", file=sys.stderr)

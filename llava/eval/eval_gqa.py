@@ -12,6 +12,7 @@ from typing import Any
 
 from llava.eval.files import iter_lines, read_answers, read_json
 from llava.eval.scoring import Scores, check_complete, mean, publish, score_parser, show
+from llava.eval.verdicts import Verdicts
 from llava.utils import UserError, run_main
 
 
@@ -21,6 +22,21 @@ def to_predictions(answers: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]
         {"questionId": str(answer["question_id"]), "prediction": answer["text"].rstrip(".").lower()}
         for answer in answers
     ]
+
+
+def judge_gqa(
+    predictions: Iterable[Mapping[str, str]], questions: Mapping[str, Mapping[str, Any]]
+) -> dict[str, bool | None]:
+    """Whether each balanced question's prediction is right, by id in the questions' order; None: it has none.
+
+    Raises:
+        UserError: no question is balanced.
+    """
+    predicted = {str(entry["questionId"]): entry["prediction"] for entry in predictions}
+    balanced = [qid for qid, question in questions.items() if question.get("isBalanced")]
+    if not balanced:
+        raise UserError("the GQA question file holds no balanced question")
+    return {qid: predicted[qid] == questions[qid]["answer"] if qid in predicted else None for qid in balanced}
 
 
 def score_gqa(
@@ -35,19 +51,16 @@ def score_gqa(
     Raises:
         UserError: a balanced question has no prediction (unless ``allow_partial``), or none is balanced.
     """
-    predicted = {str(entry["questionId"]): entry["prediction"] for entry in predictions}
-    balanced = [qid for qid, question in questions.items() if question.get("isBalanced")]
-    if not balanced:
-        raise UserError("the GQA question file holds no balanced question")
-    answered = check_complete([qid for qid in balanced if qid not in predicted], len(balanced), allow_partial)
+    judged = judge_gqa(predictions, questions)
+    missing = [qid for qid, hit in judged.items() if hit is None]
+    answered = check_complete(missing, len(judged), allow_partial)
 
     groups: dict[str, dict[Any, list[bool]]] = {key: defaultdict(list) for key in ("kind", *_GROUPINGS)}
     hits: list[bool] = []
-    for qid in balanced:
-        if qid not in predicted:
+    for qid, hit in judged.items():
+        if hit is None:
             continue
         question = questions[qid]
-        hit = predicted[qid] == question["answer"]
         types = question["types"]
         hits.append(hit)
         groups["kind"]["open" if types["structural"] == "query" else "binary"].append(hit)
@@ -60,7 +73,7 @@ def score_gqa(
         "benchmark": "gqa",
         "score": accuracy,
         "answered": answered,
-        "total": len(balanced),
+        "total": len(judged),
         "accuracy": accuracy,
         "binary": _percent(groups["kind"]["binary"]),
         "open": _percent(groups["kind"]["open"]),
@@ -91,12 +104,24 @@ def read_predictions(path: str | Path) -> list[dict[str, str]]:
     return predictions
 
 
+def read_gqa_questions(path: str | Path) -> dict[str, Any]:
+    """GQA's question dictionary."""
+    questions = read_json(path)
+    if not isinstance(questions, dict):
+        raise UserError(f"{path}: a dictionary of questions was expected")
+    return questions
+
+
 def score_files(annotation_file: str | Path, result_file: str | Path, *, allow_partial: bool = False) -> Scores:
     """:func:`score_gqa` on files."""
-    questions = read_json(annotation_file)
-    if not isinstance(questions, dict):
-        raise UserError(f"{annotation_file}: a dictionary of questions was expected")
+    questions = read_gqa_questions(annotation_file)
     return score_gqa(read_predictions(result_file), questions, allow_partial=allow_partial)
+
+
+def judge_files(annotation_file: str | Path, result_file: str | Path) -> Verdicts:
+    """Verdicts on the balanced questions that are answered."""
+    judged = judge_gqa(read_predictions(result_file), read_gqa_questions(annotation_file))
+    return Verdicts.of_mean([hit for hit in judged.values() if hit is not None])
 
 
 def print_scores(scores: Scores) -> None:

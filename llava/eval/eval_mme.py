@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from llava.constants import ANSWER_INSTRUCTION
 from llava.eval.files import iter_lines, read_answers
 from llava.eval.scoring import Scores, check_complete, mean, publish, score_parser, show
+from llava.eval.verdicts import Sums, Verdicts
 from llava.utils import UserError, run_main, write_whole
 
 PERCEPTION = (
@@ -29,7 +33,6 @@ PERCEPTION = (
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-_INSTRUCTION = "Answer the question using a single word or phrase."
 _YES_NO = " Please answer yes or no."
 
 #: (category, annotation file name, question) → "Yes" or "No" as the file has it
@@ -83,7 +86,7 @@ def judge(answers: Iterable[Mapping[str, Any]], truth: Truth) -> list[Judged]:
         question_id = answer["question_id"]
         category = category_of(question_id)
         file = question_id.rsplit("/", 1)[-1].split(".")[0] + ".txt"
-        prompt = answer["prompt"].replace(_INSTRUCTION, "").strip()
+        prompt = answer["prompt"].replace(ANSWER_INSTRUCTION, "").strip()
         if _YES_NO.strip() not in prompt:
             prompt += _YES_NO
         if (category, file, prompt) not in truth:
@@ -150,6 +153,25 @@ def _pairs(items: Sequence[Judged], allow_partial: bool) -> list[tuple[Judged, J
     return pairs
 
 
+def verdicts_of(judged: Sequence[Judged]) -> Verdicts:
+    """Verdicts in the answers' order; the score is Perception, and the questions of a picture are drawn together."""
+    tasks = [[item for item in judged if item.category == category] for category in {one.category for one in judged}]
+    pairs_there = [pair for items in tasks for pair in _pairs(items, allow_partial=True)]
+    seen = {id(first): first.right and second.right for first, second in pairs_there}
+    right = np.array([item.right for item in judged], dtype=np.float64)
+    both = [seen.get(id(item), False) for item in judged]
+    pairs = [id(item) in seen for item in judged]  # a pair counts at its first question
+    parts = np.stack([right, np.ones_like(right), both, pairs], axis=1).astype(np.float64)
+    groups, units = (np.array([getattr(item, name) for item in judged]) for name in ("category", "question_id"))
+    return Verdicts(right, groups, units, parts, _perception)
+
+
+def _perception(sums: Sums) -> np.ndarray:
+    tasks = np.stack([sums[task] for task in PERCEPTION if task in sums])  # [tasks, draws, 4]
+    right, questions, both, pairs = np.moveaxis(tasks, -1, 0)
+    return (100 * right / questions + 100 * both / np.maximum(pairs, 1)).sum(0)
+
+
 def result_files(judged: Iterable[Judged]) -> dict[str, str]:
     """Contents of the result files (``<category>.txt``) that the benchmark's own script reads."""
     files: dict[str, str] = {}
@@ -193,6 +215,11 @@ def score_files(
         for name, text in result_files(judged).items():
             write_whole(Path(results_dir) / name, text)
     return scores
+
+
+def judge_files(annotation_dir: str | Path, result_file: str | Path) -> Verdicts:
+    """Verdicts on the answers, in their order."""
+    return verdicts_of(judge(read_answers(result_file), read_truth(annotation_dir)))
 
 
 def print_scores(scores: Scores) -> None:

@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava.eval.files import read_answers, read_jsonl
 from llava.eval.scoring import Scores, check_complete, mean, publish, score_parser, show
+from llava.eval.verdicts import Sums, Verdicts
 from llava.utils import UserError, run_main
 
 _PREFIX, _SUFFIX = "coco_pope_", ".json"
@@ -61,6 +64,36 @@ def score_pope(
         UserError: answers and labels of a category differ in number (with ``allow_partial`` the missing ones
             are left out), or an answer belongs to no question.
     """
+    judged = judge_pope(answers, questions, labels)
+    asked = {place for place, *_ in judged}
+    missing = [question["question_id"] for place, question in enumerate(questions) if place not in asked]
+    answered = check_complete(missing, len(questions), allow_partial)
+    categories = {}
+    for category in labels:
+        own = [(says, label) for _, of, says, label in judged if of == category]
+        if own:
+            categories[category] = binary_metrics([says for says, _ in own], [label for _, label in own])
+    return {
+        "benchmark": "pope",
+        "score": mean(values["f1"] for values in categories.values()),
+        "answered": answered,
+        "total": len(questions),
+        "accuracy": mean(values["accuracy"] for values in categories.values()),
+        "f1": mean(values["f1"] for values in categories.values()),
+        "categories": categories,
+    }
+
+
+def judge_pope(
+    answers: Sequence[Mapping[str, Any]],
+    questions: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[tuple[int, str, bool, bool]]:
+    """Of each answer: the place of its question, its category, whether it says yes, and whether that is the label.
+
+    Raises:
+        UserError: as `score_pope`, but for answers that are missing.
+    """
     if not labels:
         raise UserError("there are no POPE label files")
     slots: dict[str, int] = defaultdict(int)
@@ -78,28 +111,25 @@ def score_pope(
                 "order, so their numbers must be equal"
             )
 
-    order = _places_of(answers, questions)
-    missing = [questions[i]["question_id"] for i in sorted(set(range(len(questions))) - set(order))]
-    answered = check_complete(missing, len(questions), allow_partial)
-
-    predicted: dict[str, list[bool]] = defaultdict(list)
-    truth: dict[str, list[bool]] = defaultdict(list)
-    for answer, place in zip(answers, order, strict=True):
+    judged = []
+    for answer, place in zip(answers, _places_of(answers, questions), strict=True):
         category, index = places[place]
-        predicted[category].append(says_yes(answer["text"]))
-        truth[category].append(_label(labels[category][index], category))
-    categories = {
-        category: binary_metrics(predicted[category], truth[category]) for category in labels if predicted[category]
-    }
-    return {
-        "benchmark": "pope",
-        "score": mean(values["f1"] for values in categories.values()),
-        "answered": answered,
-        "total": len(questions),
-        "accuracy": mean(values["accuracy"] for values in categories.values()),
-        "f1": mean(values["f1"] for values in categories.values()),
-        "categories": categories,
-    }
+        judged.append((place, category, says_yes(answer["text"]), _label(labels[category][index], category)))
+    return judged
+
+
+def verdicts_of(judged: Sequence[tuple[int, str, bool, bool]]) -> Verdicts:
+    """Verdicts from `judge_pope`; the score is the mean F1 of the categories."""
+    places, categories, said, labels = (np.array(column) for column in zip(*judged, strict=True))
+    parts = np.stack([said & labels, said, labels], axis=1).astype(np.float64)
+    return Verdicts((said == labels).astype(np.float64), categories, places, parts, _mean_f1)
+
+
+def _mean_f1(sums: Sums) -> np.ndarray:
+    # 2PR / (P + R) with P = hits / said and R = hits / labels; 0 where nothing is right.
+    counts = np.stack(list(sums.values()))  # [categories, draws, 3]
+    hits, said, labels = np.moveaxis(counts, -1, 0)
+    return (100 * 2 * hits / np.maximum(said + labels, 1)).mean(0)
 
 
 def _places_of(answers: Sequence[Mapping[str, Any]], questions: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -167,6 +197,11 @@ def score_files(
         read_labels(annotation_dir),
         allow_partial=allow_partial,
     )
+
+
+def judge_files(annotation_dir: str | Path, question_file: str | Path, result_file: str | Path) -> Verdicts:
+    """Verdicts on the answers, in their order."""
+    return verdicts_of(judge_pope(read_answers(result_file), read_jsonl(question_file), read_labels(annotation_dir)))
 
 
 def print_scores(scores: Scores) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from llava.eval.files import read_answers, read_json
 from llava.eval.scoring import Scores, check_complete, mean, publish, score_parser, show
+from llava.eval.verdicts import Verdicts
 from llava.utils import UserError, run_main
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -93,6 +94,28 @@ def has_ocr_tokens(prompt: str) -> bool:
     return prompt.startswith("OCR tokens: ") or _OCR_MARKER in prompt
 
 
+def judge_textvqa(
+    answers: Iterable[Mapping[str, Any]], annotated: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> list[tuple[tuple[str, str], float]]:
+    """The key of each answer's question in `annotated`, and its soft accuracy, 0 … 1.
+
+    Raises:
+        UserError: an answer's image and question are not annotated.
+    """
+    judged = []
+    for answer in answers:
+        key = (answer["question_id"], question_of(answer["prompt"]))
+        if key not in annotated:
+            raise UserError(f"the annotations have no question {key[1]!r} about image {key[0]!r}")
+        judged.append((key, soft_scores(annotated[key]["answers"]).get(normalize(answer["text"]), 0.0)))
+    return judged
+
+
+def by_question(annotations: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """TextVQA's ``data`` list by image and lower-cased question."""
+    return {(entry["image_id"], entry["question"].lower()): entry for entry in annotations}
+
+
 def score_textvqa(
     answers: Iterable[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], *, allow_partial: bool = False
 ) -> Scores:
@@ -102,17 +125,10 @@ def score_textvqa(
         UserError: an answer's image and question are not annotated, or an annotation has no answer
             (unless ``allow_partial``).
     """
-    annotated = {(entry["image_id"], entry["question"].lower()): entry for entry in annotations}
-    seen = set()
-    values = []
-    with_ocr = 0
-    for answer in answers:
-        key = (answer["question_id"], question_of(answer["prompt"]))
-        if key not in annotated:
-            raise UserError(f"the annotations have no question {key[1]!r} about image {key[0]!r}")
-        seen.add(key)
-        with_ocr += has_ocr_tokens(answer["prompt"])
-        values.append(soft_scores(annotated[key]["answers"]).get(normalize(answer["text"]), 0.0))
+    answers, annotated = list(answers), by_question(annotations)
+    judged = judge_textvqa(answers, annotated)
+    seen, values = {key for key, _ in judged}, [value for _, value in judged]
+    with_ocr = sum(has_ocr_tokens(answer["prompt"]) for answer in answers)
     answered = check_complete([key for key in annotated if key not in seen], len(annotated), allow_partial)
     accuracy = mean(values)
     assert accuracy is not None
@@ -126,12 +142,23 @@ def score_textvqa(
     }
 
 
+def read_annotations(path: str | Path) -> list[dict[str, Any]]:
+    """TextVQA's ``data`` list."""
+    annotations = read_json(path)
+    if not isinstance(annotations, dict) or not isinstance(annotations.get("data"), list):
+        raise UserError(f'{path}: an object with a "data" list was expected')
+    return annotations["data"]
+
+
 def score_files(annotation_file: str | Path, result_file: str | Path, *, allow_partial: bool = False) -> Scores:
     """:func:`score_textvqa` on files."""
-    annotations = read_json(annotation_file)
-    if not isinstance(annotations, dict) or not isinstance(annotations.get("data"), list):
-        raise UserError(f'{annotation_file}: an object with a "data" list was expected')
-    return score_textvqa(read_answers(result_file), annotations["data"], allow_partial=allow_partial)
+    return score_textvqa(read_answers(result_file), read_annotations(annotation_file), allow_partial=allow_partial)
+
+
+def judge_files(annotation_file: str | Path, result_file: str | Path) -> Verdicts:
+    """Verdicts on the answers, in their order."""
+    judged = judge_textvqa(read_answers(result_file), by_question(read_annotations(annotation_file)))
+    return Verdicts.of_mean([value for _, value in judged])
 
 
 def print_scores(scores: Scores) -> None:

@@ -63,12 +63,15 @@ class Clock:
         new_tokens: tokens that all of them got, end tokens included.
         first_token: seconds from the call to the first token; vision tower and prefill in, reading pictures out.
         seconds: for the whole batch.
+        first_token_processor: processor seconds of the calling thread up to the first token. With one thread on a CPU
+            that other programs use too, the steadier clock; else it leaves out what other threads and a GPU did.
     """
 
     answers: int
     new_tokens: int
     first_token: float
     seconds: float
+    first_token_processor: float = 0.0
 
     @property
     def tokens_per_second(self) -> float | None:

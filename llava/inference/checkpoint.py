@@ -19,7 +19,13 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import (
+    ANSWER_INSTRUCTION,
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_TOKEN_INDEX,
+)
 from llava.conversation import build_prompt, conv_templates, conversation_mode
 from llava.images import load_image
 from llava.inference.answer import Answer
@@ -83,6 +89,8 @@ class Prompt:
         ids: int64 ``[1, T]``.
         row_ids: int64 ``[rows]``, the id that each row of the decoder came from; ``IMAGE_TOKEN_INDEX`` on visual ones.
         inputs: what the checkpoint's own processor made of the pictures, by name.
+        question: the last turn's, bare: without template, picture placeholders, and the benchmarks' instruction on how
+            to answer.
     """
 
     text: str
@@ -90,6 +98,7 @@ class Prompt:
     ids: torch.Tensor
     row_ids: torch.Tensor
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    question: str = ""
 
     @property
     def is_visual(self) -> torch.Tensor:
@@ -105,6 +114,11 @@ class Prompt:
     def num_visual(self) -> int:
         """Rows from pictures."""
         return int(self.is_visual.sum())
+
+
+def bare_question(turn: Turn) -> str:
+    """What is asked, without the places of pictures and the instruction on how to answer."""
+    return turn.question.replace(DEFAULT_IMAGE_TOKEN, "").replace(ANSWER_INSTRUCTION, "").strip()
 
 
 def open_checkpoint(
@@ -283,7 +297,8 @@ class LlavaCheckpoint(Checkpoint):
             pixels, sizes = _as_images(pictures, "meta")
             counts = [len(rows) for rows in self._skeleton.image_rows(pixels, sizes)]
             rows_of_id[ids == IMAGE_TOKEN_INDEX] = torch.tensor(counts)
-        return self._within_context(Prompt(text, pictures, ids[None], ids.repeat_interleave(rows_of_id)))
+        rows = ids.repeat_interleave(rows_of_id)
+        return self._within_context(Prompt(text, pictures, ids[None], rows, question=bare_question(turns[-1])))
 
     def _question(self, turn: Turn) -> str:
         slots, pictures = turn.question.count(DEFAULT_IMAGE_TOKEN), len(turn.pictures)
@@ -365,7 +380,8 @@ class StockCheckpoint(Checkpoint):
         del inputs["attention_mask"]
         visual = self._adapter.visual_mask(ids)
         row_ids = ids if visual is None else ids.masked_fill(visual, IMAGE_TOKEN_INDEX)
-        return self._within_context(Prompt(text, pictures, ids, row_ids[0], inputs))
+        question = bare_question(turns[-1])
+        return self._within_context(Prompt(text, pictures, ids, row_ids[0], inputs, question))
 
     def batch(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         if len(prompts) > 1:

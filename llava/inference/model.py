@@ -98,11 +98,14 @@ class LoadedModel:
         first_logits = _FirstLogits()
         streamer = _Streamer(self.tokenizer, on_text) if on_text and options.num_beams == 1 else None
         given = {name: self.moved(value) for name, value in self.checkpoint.batch(prompts).items()}
-        with call_lock(self.model), prune(self.model, config) if config is not None else nullcontext() as run:
+        # A method may want each prompt's question; the others get one config for all.
+        own = [config.for_question(prompt.question) for prompt in prompts] if config is not None else []
+        configs = own if any(each != config for each in own) else config
+        with call_lock(self.model), prune(self.model, configs) if config is not None else nullcontext() as run:
             if seed is not None and options.temperature > 0:
                 torch.manual_seed(seed)
             _wait_for(self.model.device)
-            begin = time.perf_counter()
+            begin, begin_processor = time.perf_counter(), time.thread_time()
             output = self.model.generate(
                 **given,
                 max_new_tokens=max(limits),
@@ -115,7 +118,8 @@ class LoadedModel:
             seconds = time.perf_counter() - begin
         tokens = [self._own_tokens(row)[:limit] for row, limit in zip(rows, limits, strict=True)]
         first = (watch.first_token_at or begin + seconds) - begin
-        clock = Clock(len(prompts), sum(map(len, tokens)), first, seconds)
+        first_processor = max(0.0, watch.first_token_processor - begin_processor)
+        clock = Clock(len(prompts), sum(map(len, tokens)), first, seconds, first_processor)
         traces = run.traces if run is not None else [None] * len(prompts)
         answers = []
         for number, (prompt, ids, limit, trace) in enumerate(zip(prompts, tokens, limits, traces, strict=True)):
@@ -221,11 +225,12 @@ class _Watch(StoppingCriteria):
     def __init__(self, stop: threading.Event | None) -> None:
         self.stop = stop
         self.first_token_at: float | None = None
+        self.first_token_processor = 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any = None, **kwargs: Any) -> torch.Tensor:
         if self.first_token_at is None:
             _wait_for(input_ids.device)
-            self.first_token_at = time.perf_counter()
+            self.first_token_at, self.first_token_processor = time.perf_counter(), time.thread_time()
         is_stopped = self.stop is not None and self.stop.is_set()
         return torch.full((input_ids.shape[0],), is_stopped, dtype=torch.bool, device=input_ids.device)
 

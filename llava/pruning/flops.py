@@ -15,7 +15,13 @@ from torch import nn
 from .families import adapter_for
 from .trace import PruningTrace
 
-CONVENTIONS = ("paper", "fastv", "prompt", "executed")
+CONVENTIONS = {
+    "paper": "visual tokens alone, multiply–adds (VisiPruner, PyramidDrop)",
+    "fastv": "visual tokens alone, an MLP of two matrices (FastV)",
+    "prompt": "the whole prompt, two operations a multiply–add (ShortV, VTW)",
+    "executed": "what was really called, probe and output head in, vision tower apart",
+}
+"""What each convention counts, by its name."""
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,10 @@ class Method:
         """The method for one model, with every knob settled that depends on it."""
         return self
 
+    def for_question(self, question: str) -> Method:
+        """The method for one prompt, whose bare question this is. Programs that know the question ask for it."""
+        return self
+
     def describe(self, trace: PruningTrace) -> str:
         """What was done to one prompt that has visual rows, in words."""
         kept, count, num_layers = trace.num_kept, trace.num_visual, len(trace.rows_per_layer)

@@ -32,7 +32,7 @@ from PIL import Image
 from llava.inference import LoadedModel, LoadOptions, Turn, open_checkpoint
 from llava.options import add_model_options, add_pruning_option, from_arguments
 from llava.pruning import VisiPruner
-from llava.pruning.flops import vision_attention_saved
+from llava.pruning.flops import CONVENTIONS, vision_attention_saved
 from llava.utils import UserError, run_main, write_whole
 
 from .draw import overlay_kept
@@ -50,12 +50,6 @@ from .patches import kept_in_words
 
 TOP = 5
 PICTURE_SIDE = 768
-CONVENTIONS = {
-    "paper": "visual tokens alone, multiply–adds (VisiPruner, PyramidDrop)",
-    "fastv": "visual tokens alone, an MLP of two matrices (FastV)",
-    "prompt": "the whole prompt, two operations a multiply–add (ShortV, VTW)",
-    "executed": "what was really called, probe and output head in, vision tower apart",
-}
 
 
 def build_report(chat: LoadedModel, runs: dict[str, Observation]) -> str:

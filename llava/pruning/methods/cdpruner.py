@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import normalize
@@ -36,7 +36,8 @@ class CDPruner(Method):
             `"embeddings"`: a row's mean cosine with the input embeddings of the text behind the first image. `"clip"`
             (published): of its patch and the question in CLIP's joint space, which no LLaVA checkpoint holds.
         clip: for `"clip"`, the folder of the CLIP checkpoint that the vision tower came from.
-        question: for `"clip"`, the bare question, without the prompt around it.
+        question: for `"clip"`, the bare question, without the prompt around it. None: that of each prompt, which the
+            programs fill in; a call of `generate` or `prune` needs it.
         spread: over what relevance goes from 0 to 1: `"image"`, or `"prompt"`, all its images, which is as published.
         positions: `"renumber"` (published): the decoder counts the rows that are left from 0. `"keep"`: survivors keep
             their positions.
@@ -51,11 +52,12 @@ class CDPruner(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        given = [isinstance(value, str) and value != "" for value in (self.clip, self.question)]
-        if self.needs_tower and not all(given):
+        has_folder = isinstance(self.clip, str) and self.clip != ""
+        if self.needs_tower and not (has_folder and (self.question is None or isinstance(self.question, str))):
             raise PruningConfigError(
                 "pruning config: 'relevance' is 'clip', which needs 'clip', the folder of the CLIP checkpoint that the "
-                "vision tower came from, and 'question'; give both, or use 'embeddings' or 'none'"
+                "vision tower came from, and 'question', a text where a program does not fill it in; give both, or use "
+                "'embeddings' or 'none'"
             )
         if not self.needs_tower and (self.clip, self.question) != (None, None):
             raise PruningConfigError(
@@ -68,8 +70,16 @@ class CDPruner(Method):
 
     def bind(self, num_layers, model_path):
         if self.needs_tower:
+            if not self.question:
+                raise PruningConfigError(
+                    "pruning config: 'relevance' is 'clip' and 'question' is missing; give the bare question with each "
+                    "call (a list of configs, one a prompt), or use 'embeddings' or 'none'"
+                )
             joint_space(self.clip)  # refused before work, if at all
         return self
+
+    def for_question(self, question):
+        return replace(self, question=question) if self.needs_tower and self.question is None else self
 
     def looks_behind(self, num_layers):
         return {BEFORE_DECODER}

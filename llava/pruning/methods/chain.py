@@ -119,6 +119,9 @@ class Chain(Method):
     def bind(self, num_layers, model_path):
         return replace(self, steps=tuple(step.bind(num_layers, model_path) for step in self.steps))
 
+    def for_question(self, question):
+        return replace(self, steps=tuple(step.for_question(question) for step in self.steps))
+
     def to_dict(self):
         return {"method": self.name, "steps": [step.to_dict() for step in self.steps]}
 
