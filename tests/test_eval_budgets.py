@@ -10,7 +10,7 @@ from llava.eval.budgets import RULES, Budget, method_for
 from llava.eval.compare import interval_of, main
 from llava.utils import UserError
 
-COARSE = {"pool": 16, "vtw": 4}  # a whole factor, a whole layer: how far off they may be here
+COARSE = {"pool": 16, "vtw": 4, "yopo": 4}  # a whole factor, a whole layer: how far off they may be here
 LAYERS, VISUAL = 8, 64
 
 

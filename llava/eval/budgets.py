@@ -55,7 +55,7 @@ class Budget:
         """Of V, as methods take it that round."""
         return round(count / self.visual, 6)
 
-    def mean(self, starts: Sequence[int], counts: Sequence[int]) -> float:
+    def mean(self, starts: Sequence[int], counts: Sequence[float]) -> float:
         """Tokens a layer where `counts[i]` rows are left from layer `starts[i]` on, and V before."""
         held = [0, *starts, self.layers]
         rows = [self.visual, *counts]
@@ -165,6 +165,34 @@ def _vtw(budget: Budget) -> dict[str, Any]:
     return {"layer": min(max(round(budget.tokens * budget.layers / budget.visual), 1), budget.layers - 1)}
 
 
+def _yopo(budget: Budget) -> dict[str, Any]:
+    return {"last": budget.layers - _vtw(budget)["layer"]}
+
+
+def _st3(budget: Budget) -> dict[str, Any]:
+    """The steps nearest to the defaults, an eighth of the layers both to the first and from one to the next, with which
+    some number at the end meets the budget; steps of equally many rows down to the last layer make half of V at best,
+    so that a smaller budget takes fewer."""
+    eighth = max(budget.layers // 8, 1)
+    fitting = []
+    for layer in range(1, eighth + 1):
+        for stride in range(1, budget.layers):
+            starts = range(layer, budget.layers, stride)
+            gone = [step / len(starts) for step in range(1, len(starts) + 1)]
+            # The mean falls with what leaves: V - mean of `gone` over all layers × (V - keep).
+            share = budget.mean(starts, [budget.visual * (1 - part) for part in gone]) / budget.visual
+            keep = round(budget.visual - (budget.visual - budget.tokens) / (1 - share))
+            if 1 <= keep < budget.visual:
+                fitting.append((eighth - layer + abs(stride - eighth), layer, stride, keep))
+    if not fitting:
+        raise UserError(
+            f"{budget.tokens} tokens a layer are too few: layer 0 holds all {budget.visual}, which alone makes "
+            f"{budget.visual / budget.layers:.1f} a layer"
+        )
+    _, layer, stride, keep = min(fitting)
+    return {"layer": layer, "stride": stride, "keep": budget.share(keep)}
+
+
 RULES: dict[str, Callable[[Budget], dict[str, Any]]] = {
     "fastv": _fastv,
     "pyramiddrop": _pyramiddrop,
@@ -174,8 +202,11 @@ RULES: dict[str, Callable[[Budget], dict[str, Any]]] = {
     **dict.fromkeys(("vispruner", "scope", "holov", "cdpruner", "divprune", "random", "stride"), _before_decoder),
     "pool": _pool,
     "vtw": _vtw,
+    "yopo": _yopo,
+    "st3": _st3,
 }
-"""Methods whose knobs follow from the budget. `pool` and `vtw` come as near as a whole factor, a whole layer allows."""
+"""Methods whose knobs follow from the budget. `pool`, `vtw` and `yopo` come as near as a whole factor, a whole layer
+allows."""
 
 
 def check_methods(names: Sequence[str]) -> None:
