@@ -166,6 +166,13 @@ def test_an_interval_resamples_pictures_whole() -> None:
     assert (together.low, together.high) == (0.0, 1.0)
 
 
+def test_an_interval_of_equal_answers_is_not_a_point() -> None:
+    z2 = 1.96**2
+    same, other = Figure.of_shares([1.0] * 8, [0, 0, 1, 1, 2, 2, 3, 3], 0), Figure.of_shares([0.0] * 4, range(4), 0)
+    assert (same.low, same.high) == (pytest.approx(4 / (4 + z2), abs=1e-4), 1.0)
+    assert (other.low, other.high) == (0.0, pytest.approx(z2 / (4 + z2), abs=1e-4))
+
+
 def test_candidates_are_taken_along_the_front_and_near_the_goal() -> None:
     many = [Candidate(VTW(number + 1), number / 20, unread=abs(10 - number) / 10) for number in range(20)]
     best = front_of(many)
@@ -223,15 +230,21 @@ def test_a_killed_calibration_goes_on_where_it_was(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(search, "measure", counted)
     monkeypatch.setattr(runs.Runs, "_run", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(out, *budget)
+    assert run(out, *budget) == 130
     assert not (out / "pruning_config.json").exists()
     with pytest.raises(UserError, match="unfinished calibration with another goal"):
         run(out, "--save-flops", 0.3, "--pictures", 4)
+    with pytest.raises(UserError, match="unfinished calibration with another dtype"):
+        run(out, *budget, "--dtype", "bfloat16")
     monkeypatch.setattr(runs.Runs, "_run", lambda *args: seen.append("run again") or plain_run(*args))
     measures = seen.count("measure")
+    # What is broken is done again: one prompt's measures, and lines that a crash cut off.
+    work = out / command.WORK
+    (work / "measures-0.npz").write_bytes(b"")
+    lines = (work / "runs.jsonl").read_text()
+    (work / "runs.jsonl").write_text(lines + '[1]\n{"config": "x", "outcomes": {"0": [1]}}\n' + lines[:30])
     run(out, *budget)
-    assert measures > 0 and seen.count("measure") == measures
+    assert measures > 0 and seen.count("measure") == measures + 1
     whole = tmp_path / "whole"
     run(whole, *budget)
     read = lambda folder: json.loads((folder / "calibration.json").read_text())  # noqa: E731
@@ -282,13 +295,15 @@ BAD = {
     "no agreement": (["--min-agreement", "0"], "above 0 and at most 1"),
     "more than agreement": (["--min-agreement", "1.2"], "above 0 and at most 1"),
     "no time": (["--max-ms", "0"], "milliseconds above 0"),
+    "no number": (["--max-ms", "nan"], "milliseconds above 0"),
+    "endless": (["--max-ms", "inf"], "milliseconds above 0"),
     "slower": (["--max-ms", "1.5x"], "share of the dense run's"),
     "time in words": (["--max-ms", "fast"], "'fast'"),
     "no such method": (["--save-flops", "0.3", "--method", "fastvv"], "fastv"),
     "no methods": (["--save-flops", "0.3", "--method", ","], "names of methods"),
     "a chain": (["--save-flops", "0.3", "--method", "chain"], "chain"),
     "no pictures": (["--save-flops", "0.3", "--pictures", "0"], "--pictures is 0"),
-    "one picture": (["--save-flops", "0.3", "--pictures", "1"], "fewer than 2 pictures"),
+    "one picture": (["--save-flops", "0.3", "--pictures", "1"], "at least 2"),
     "no model": (["--save-flops", "0.3", "--model-path", "nowhere/at/all"], "nowhere/at/all"),
 }
 
@@ -305,7 +320,9 @@ def test_bad_input_is_refused_before_a_model_is_loaded(arguments, said, tmp_path
 def test_questions_come_from_llavas_json_too(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "b.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "c.png")
     entries = [
+        {"id": 0, "image": "c.png", "conversations": [{"from": "human", "value": "<image>\nAlone?"}]},
         {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]},
         {"id": 2, "image": ["a.png", "b.png"], "conversations": [{"from": "human", "value": "<image><image>\nBoth?"}]},
         {"id": 3, "conversations": [{"from": "human", "value": "No picture?"}]},
@@ -313,7 +330,13 @@ def test_questions_come_from_llavas_json_too(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     file.write_text(json.dumps(entries))
     samples = read_samples(tmp_path, file, seed=0, pictures=9)
-    assert {(len(each.pictures), each.question) for each in samples} == {(1, "What is it?"), (2, "Both?")}
+    assert {(len(each.pictures), each.question) for each in samples} == {
+        (1, "Alone?"),
+        (1, "What is it?"),
+        (2, "Both?"),
+    }
+    # The two that share a picture are never in different halves.
+    assert sorted(map(len, halves(samples))) == [1, 2] and len({each.group for each in samples}) == 2
     file.write_text(json.dumps([{"image": "../a.png", "text": "?"}, {"image": "b.png", "text": "?"}]))
     with pytest.raises(UserError, match="leads out of"):
         read_samples(tmp_path, file, seed=0, pictures=9)
@@ -340,3 +363,36 @@ def test_no_picture_is_in_both_halves() -> None:
     again = read_samples(MINI / "train_images", QUESTIONS, seed=3, pictures=21)
     assert again == samples
     assert read_samples(MINI / "train_images", QUESTIONS, seed=4, pictures=21) != samples
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_a_model_of_few_layers_is_calibrated_by_what_fits_it(layers: int, tmp_path: Path, capsys) -> None:
+    model = write_stock(tmp_path / "stock")
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = layers
+    config["text_config"].pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(config))
+    for number in range(2):
+        Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / f"{number}.png")
+    arguments = ("--save-flops", 0.1, "--method", "visipruner,vtw", "--model-path", model, "--max-new-tokens", 2)
+    assert run(tmp_path / "out", *arguments, images=tmp_path, questions=None) == 0
+    found = json.loads((tmp_path / "out/calibration.json").read_text())["methods"]
+    assert found["vtw"]["meets_the_goal"]
+    why_not = found["visipruner"]["why_not_tried"]
+    assert why_not is None if layers == 4 else f"there are {layers}" in why_not
+
+
+def test_a_method_that_a_prompt_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava.calibrate import runs
+
+    plain_run = runs.Runs._run
+
+    def refusing(self, method, numbers):
+        if method.name == "fastv":
+            raise UserError("not this prompt")
+        return plain_run(self, method, numbers)
+
+    monkeypatch.setattr(runs.Runs, "_run", refusing)
+    assert run(tmp_path, "--save-flops", 0.2, "--pictures", 2, "--method", "fastv,vtw") == 0
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    assert found["methods"]["fastv"]["why_not_tried"] == "not this prompt" and found["best"] == "vtw"

@@ -74,6 +74,11 @@ def test_a_fork_needs_a_layer_of_the_model_and_no_cache() -> None:
     model, inputs = family_model("llava"), FAMILIES["llava"].inputs(PROMPTS[0])
     with pytest.raises(PruningConfigError, match=rf"a fork at layer {LAYERS}: .* layers 0 to {LAYERS - 1}"):
         logits(model, inputs, None, [(LAYERS, None, 0)])
+    with pytest.raises(PruningConfigError, match="ascending layer"):
+        logits(model, inputs, None, [(3, None, 0), (2, None, 0)])
+    for prompt in (1, -1):
+        with pytest.raises(UnsupportedCallError, match=f"a fork of prompt {prompt} .* the batch has 1"):
+            logits(model, inputs, None, [(2, VTW(2), prompt)])
     with (
         pytest.raises(UnsupportedCallError, match="use_cache=False"),
         torch.no_grad(),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.calibrate.goal import Goal
+from llava.eval.files import move_aside, read_json
 from llava.options import add_model_options, from_arguments
 from llava.utils import UserError, processor_name, run_main, write_whole
 
@@ -48,8 +49,8 @@ def work_folder(out: Path, settings: dict[str, Any]) -> Path:
     work = out / WORK
     file = work / "settings.json"
     if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        differ = [name for name in settings if kept.get(name) != settings[name]]
+        kept = read_json(file)
+        differ = [name for name in settings if not isinstance(kept, dict) or kept.get(name) != settings[name]]
         if differ:
             raise UserError(
                 f"{out} holds an unfinished calibration with another {', '.join(differ)}; finish it with the same "
@@ -86,16 +87,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. 0: a config was found; 1: none meets the budget."""
+    """Command line. 0: a config was found; 1: none meets the budget; 130: interrupted."""
     args = parser().parse_args(argv)
     goal = Goal.parse(args.save_flops, args.max_ms, args.min_agreement)
-    for flag in ("pictures", "max_new_tokens", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least 1")
+    for flag, least in {"pictures": 2, "max_new_tokens": 1, "batch_size": 1}.items():
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; it must be at least {least}")
+    try:
+        return run(args, goal, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on.", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace, goal: Goal, argv: Sequence[str]) -> int:
+    """One calibration; the exit status."""
 
     from llava.calibrate.samples import BUILT_IN, halves, hash_of, read_samples
     from llava.calibrate.search import check_methods
-    from llava.eval.files import move_aside
     from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
 
     methods = check_methods(args.method)
@@ -127,8 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "methods": methods,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
-        "dtype": args.dtype,
+        **{name: getattr(args, name) for name in ("device", "dtype", "load_8bit", "load_4bit", "attn_implementation")},
     }
+    versions = {name: version(name) for name in ("llava-visipruner", "torch", "transformers")}
+    versions["python"] = platform.python_version()
     work = work_folder(args.output, settings)
 
     from llava.calibrate.report import write_results
@@ -164,9 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": round(time.perf_counter() - start, 1),
         "placement": loaded.placement,
         "hardware": processor_name(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("llava-visipruner", "torch", "transformers")},
-        "command": ["python", "-m", "llava.calibrate", *(sys.argv[1:] if argv is None else argv)],
+        **versions,
+        "command": ["python", "-m", "llava.calibrate", *argv],
     }
     for name in RESULTS:
         if moved := move_aside(args.output / name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import NormalDist
 
 import numpy as np
@@ -34,12 +35,12 @@ class Figure:
 
     @classmethod
     def of_shares(cls, values: Sequence[float], groups: Sequence[int], seed: int) -> Figure:
-        """The same of values 0 and 1. Where all are 1 no resampling differs; the lower end is Wilson's, one trial a
-        picture."""
-        if min(values) < 1:
+        """The same of values 0 and 1. Where all are equal no resampling differs; the other end is Wilson's, one trial
+        a picture."""
+        if 0 < sum(values) < len(values):
             return cls.of(values, groups, seed)
-        z = NormalDist().inv_cdf(0.975)
-        return cls(1.0, 1 / (1 + z**2 / len(set(groups))), 1.0)
+        bound = 1 / (1 + NormalDist().inv_cdf(0.975) ** 2 / len(set(groups)))
+        return cls(1.0, bound, 1.0) if values[0] else cls(0.0, 0.0, 1 - bound)
 
     @property
     def error(self) -> float:
@@ -98,7 +99,7 @@ class Goal:
             raise UserError(f"--save-flops {self.save_flops}: a share of the dense run's is needed, between 0 and 1")
         if self.min_agreement is not None and not 0 < self.min_agreement <= 1:
             raise UserError(f"--min-agreement {self.min_agreement}: a share is needed, above 0 and at most 1")
-        if self.max_ms is not None and (self.max_ms <= 0 or (self.relative and self.max_ms >= 1)):
+        if self.max_ms is not None and not 0 < self.max_ms < (1 if self.relative else inf):
             raise UserError("--max-ms: milliseconds above 0 are needed, or a share of the dense run's like 0.6x")
 
     @classmethod

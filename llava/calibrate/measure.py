@@ -6,10 +6,12 @@ layers below a boundary are not computed again for it. What comes out is what VT
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -81,9 +83,13 @@ class Measures:
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: Path) -> Measures:
-        with np.load(path, allow_pickle=False) as stored:
-            return cls(**{each.name: stored[each.name] for each in fields(cls)})
+    def load(cls, path: Path) -> Measures | None:
+        """What `save` wrote; None: there is no such file, or it is broken."""
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return cls(**{each.name: stored[each.name] for each in fields(cls)})
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile, zlib.error):
+            return None
 
 
 @dataclass(frozen=True)

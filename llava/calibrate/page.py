@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,12 +114,19 @@ _PANELS = {
 }
 
 
-def page(document: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], figure: str) -> str:
+def page(
+    document: dict[str, Any],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caveats: Sequence[str],
+    figure: str,
+) -> str:
     """One HTML file that needs no network and runs no script.
 
     Args:
         document: what `calibration.json` holds.
         columns, rows: the table of the held-out half, as text.
+        caveats: sentences below it.
         figure: SVG, of `draw`.
     """
     environment = Environment(
@@ -131,6 +139,9 @@ def page(document: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequen
         about=document["about"],
         columns=columns,
         rows=rows,
+        caveats=caveats,
+        why_not={name: each["why_not_tried"] for name, each in document["methods"].items() if each["why_not_tried"]},
+        command=shlex.join(document["about"]["command"]),
         measured=document["measured"],
         figure=Markup(figure[figure.index("<svg") :]),  # drawn here, from numbers and names of methods
     )

@@ -20,6 +20,7 @@ from llava.utils import write_whole
 
 VTW_ETA = 0.003
 """VTW's published bound for LLaVA-1.5-7B (arXiv 2405.05803)."""
+_FEW_PICTURES = 32  # of both halves together
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -117,12 +118,12 @@ def write_results(found: Calibration, about: dict[str, Any], out: Path) -> None:
     else:
         figure = draw(found, measured)
         write_whole(out / "calibration.svg", figure)
-        write_whole(out / "calibration.html", page(document, COLUMNS, rows_of(found), figure))
+        write_whole(out / "calibration.html", page(document, COLUMNS, rows_of(found), caveats(found, about), figure))
         written += ["calibration.svg", "calibration.html"]
     if chosen is not None:
         write_whole(out / "pruning_config.json", to_json(chosen.method.to_dict()))
         written.insert(0, "pruning_config.json")
-    _say(found)
+    _say(found, about)
     print(f"{out}: {', '.join(written)}")
 
 
@@ -156,25 +157,49 @@ def rows_of(found: Calibration) -> list[tuple[str, ...]]:
     for family in found.families:
         result = family.held_out
         if result is None:
-            rows.append((family.name, family.why_not, "–", "–", "–", "–"))
+            rows.append((family.name, "not tried", "–", "–", "–", "–"))
             continue
         verdict = "meets the goal" if family.meets else "does not"
         if family is found.best:
             verdict = "taken"
         elif family.name == FLOOR:
             verdict += " (floor)"
+        if family.looks > 1:
+            verdict += f", look {family.looks}"
         time = f"{result.time_ratio:.2f} x" if result.time_ratio is not None else "–"
         divergence = f"{result.divergence.mean:.4f}"
         rows.append((family.name, verdict, percent(result.saved), percent(result.agreement), divergence, time))
     return rows
 
 
-COLUMNS = ("method", "", "FLOPs saved", "answers as dense", "KL", "time")
+COLUMNS = ("method", "verdict", "FLOPs saved", "answers as dense", "KL", "time")
 
 
-def _say(found: Calibration) -> None:
+def caveats(found: Calibration, about: dict[str, Any]) -> list[str]:
+    """What a reader of the held-out figures must know, a sentence each."""
+    said = []
+    if not isinstance(about["data"]["questions"], str):
+        said.append(
+            "The questions are this program's own, and the result depends on them: give yours with --questions."
+        )
+    if about["data"]["pictures"] < _FEW_PICTURES:
+        said.append(
+            f"{about['data']['pictures']} pictures are few: intervals of so small halves are too narrow; "
+            f"take {_FEW_PICTURES} or more."
+        )
+    if any(family.looks > 1 for family in found.families):
+        said.append("Look 2 or 3: earlier choices failed on this half, so that what it says of this one flatters it.")
+    return said
+
+
+def _say(found: Calibration, about: dict[str, Any]) -> None:
     result = found.best.held_out if found.best is not None else None
     show(f"held-out half ({found.goal})", COLUMNS, rows_of(found))
+    for family in found.families:
+        if family.why_not:
+            print(f"{family.name} was not tried: {family.why_not}")
+    for sentence in caveats(found, about):
+        print(sentence)
     if result is None:
         print("No config of these methods meets the budget; above is what the nearest of each does.")
         return

@@ -58,13 +58,13 @@ class Runs:
         self.batch_size, self.seed, self.file = batch_size, seed, file
         self._dense: dict[int, Answer] = {}
         self._known: dict[str, dict[int, Outcome]] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+                found = {int(number): Outcome(*outcome) for number, outcome in record["outcomes"].items()}
+                self._known.setdefault(record["config"], {}).update(found)
+            except (ValueError, TypeError, LookupError, AttributeError):
                 continue  # the line at which the process was killed
-            for number, outcome in record["outcomes"].items():
-                self._known.setdefault(record["config"], {})[int(number)] = Outcome(*outcome)
 
     def result(self, method: Method, half: Sequence[int]) -> Result:
         """How `method` does on the prompts of these numbers."""
@@ -76,7 +76,8 @@ class Runs:
             known.update(found)
             with open(self.file, "a", encoding="utf-8") as stream:
                 plain = {number: tuple(vars(outcome).values()) for number, outcome in found.items()}
-                stream.write(json.dumps({"config": key, "outcomes": plain}) + "\n")
+                # Begins a line, too: the one before may have been cut off.
+                stream.write("\n" + json.dumps({"config": key, "outcomes": plain}) + "\n")
         outcomes = [known[number] for number in half]
         groups = [self.groups[number] for number in half]
         return Result(

@@ -30,15 +30,16 @@ _EACH = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one or several pictures."""
+    """One question about one or several pictures.
+
+    Attributes:
+        group: one of its pictures, the same for all samples that share pictures, directly or through others. A split
+            or a resampling never tells them apart.
+    """
 
     pictures: tuple[Path, ...]
     question: str
-
-    @property
-    def group(self) -> tuple[Path, ...]:
-        """Samples of one group are never told apart by a split or a resampling: they share their pictures."""
-        return self.pictures
+    group: Path
 
 
 def read_samples(images: Path, questions: Path | None, seed: int, pictures: int) -> list[Sample]:
@@ -54,12 +55,12 @@ def read_samples(images: Path, questions: Path | None, seed: int, pictures: int)
     """
     if not images.is_dir():
         raise UserError(f"--images {images}: there is no such folder")
-    samples = _listed(images, questions) if questions is not None else _found(images)
+    samples = _grouped(_listed(images, questions) if questions is not None else _found(images))
     groups = sorted({sample.group for sample in samples})
     if len(groups) < 2:
         raise UserError(
-            f"{questions or images} has {len(groups)} pictures with a question; at least 2 are needed, one half to "
-            "choose on and one to report on"
+            f"{questions or images} has {len(groups)} pictures with a question (those asked about together count as "
+            "one); at least 2 are needed, one half to choose on and one to report on"
         )
     random.Random(seed).shuffle(groups)
     chosen = {group: place for place, group in enumerate(groups[:pictures])}
@@ -87,25 +88,40 @@ def hash_of(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _found(folder: Path) -> list[Sample]:
+def _grouped(asked: Sequence[tuple[tuple[Path, ...], str]]) -> list[Sample]:
+    parents: dict[Path, Path] = {}
+
+    def first(picture: Path) -> Path:
+        while (parent := parents.setdefault(picture, picture)) != picture:
+            parents[picture] = parents[parent]
+            picture = parent
+        return picture
+
+    for pictures, _ in asked:
+        for picture in pictures:
+            parents[first(picture)] = first(pictures[0])
+    return [Sample(pictures, question, first(pictures[0])) for pictures, question in asked]
+
+
+def _found(folder: Path) -> list[tuple[tuple[Path, ...], str]]:
     known = Image.registered_extensions()
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
     if not files:
         raise UserError(f"--images {folder}: there is no picture in this folder")
     asked = [(path, _EACH * number + turn) for number, path in enumerate(files) for turn in range(_EACH)]
-    return [Sample((path,), BUILT_IN[number % len(BUILT_IN)]) for path, number in asked]
+    return [((path,), BUILT_IN[number % len(BUILT_IN)]) for path, number in asked]
 
 
-def _listed(folder: Path, file: Path) -> list[Sample]:
+def _listed(folder: Path, file: Path) -> list[tuple[tuple[Path, ...], str]]:
     records = read_jsonl(file) if file.suffix == ".jsonl" else read_json(file)
     if not isinstance(records, list):
         raise UserError(f"{file}: a list of questions is needed (LLaVA's JSON), or one JSON object a line (.jsonl)")
-    samples = []
+    asked = []
     for number, record in enumerate(records, start=1):
         names, question = _parts(record, f"{file}, entry {number}")
         if names and question:
-            samples.append(Sample(tuple(inside(folder, name) for name in names), question))
-    return samples
+            asked.append((tuple(inside(folder, name) for name in names), question))
+    return asked
 
 
 def _parts(record: Any, place: str) -> tuple[list[str], str]:

@@ -72,7 +72,7 @@ def wanted_for(methods: Sequence[str], loaded: LoadedModel) -> Wanted:
     return Wanted(
         withdrawals=range(max(1, first), layers) if visipruner or "vtw" in methods else (),
         frozen=range(first, layers) if "shortv" in methods else (),
-        boundaries=[each for each in boundaries if first <= each < layers - 2],
+        boundaries=[each for each in boundaries if max(1, first) <= each < layers - 2],
         sink=VisiPruner(()).sink_for(str(loaded.checkpoint.model_path), layers),
         shares=visipruner,
     )
@@ -86,13 +86,13 @@ def measure_all(
     model = loaded.model
     for number in tqdm(numbers, desc="measuring", unit="prompt", dynamic_ncols=True):
         file = folder / f"measures-{number}.npz"
-        if file.is_file():
-            measured.append(Measures.load(file))
-            continue
-        prompt = [prompts[number]] * (2 if wanted.boundaries else 1)
-        given = {name: loaded.moved(value) for name, value in loaded.checkpoint.batch(prompt).items()}
-        measured.append(measure(model, wanted, given))
-        measured[-1].save(file)
+        measures = Measures.load(file)
+        if measures is None:
+            prompt = [prompts[number]] * (2 if wanted.boundaries else 1)
+            given = {name: loaded.moved(value) for name, value in loaded.checkpoint.batch(prompt).items()}
+            measures = measure(model, wanted, given)
+            measures.save(file)
+        measured.append(measures)
     return measured
 
 
@@ -113,7 +113,11 @@ def families_of(methods: Sequence[str], recording: Recording, runs: Runs, sink: 
         except UserError as error:
             family.why_not = str(error)
         if not family.candidates and not family.why_not:
-            family.why_not = "no knobs of it save anything on these prompts"
+            family.why_not = "none of its knobs saves anything on these prompts"
+            if name == VisiPruner.name and recording.shape.num_layers < 4:
+                family.why_not = (
+                    f"it needs 4 layers to see, select and leave in; there are {recording.shape.num_layers}"
+                )
         families.append(family)
     return families
 
@@ -132,17 +136,21 @@ def run_candidates(families: Sequence[Family], goal: Goal, runs: Runs, half: Seq
     total = sum(len(chosen) for _, chosen in first)
     with tqdm(total=total, desc="running", unit="config", dynamic_ncols=True) as bar:
         for family, chosen in first:
-            for candidate in chosen:
-                family.results.append(runs.result(candidate.method, half))
-                bar.update()
-            if goal.needs_time:
-                family.results = runs.timed(family.results, half)
-            again = _between(family, goal)
-            if family.name != FLOOR and again:
+            try:
+                family.results = _run(chosen, goal, runs, half, bar)
+                again = _between(family, goal) if family.name != FLOOR else []
                 bar.total += len(again)
-                added = [runs.result(candidate.method, half) for candidate in again]
-                family.results += runs.timed(added, half) if goal.needs_time else added
-                bar.update(len(again))
+                family.results += _run(again, goal, runs, half, bar)
+            except UserError as error:  # a prompt that this method refuses; the others go on
+                family.results, family.why_not = [], str(error)
+
+
+def _run(chosen: Sequence[Candidate], goal: Goal, runs: Runs, half: Sequence[int], bar: tqdm) -> list[Result]:
+    results = []
+    for candidate in chosen:
+        results.append(runs.result(candidate.method, half))
+        bar.update()
+    return runs.timed(results, half) if goal.needs_time and results else results
 
 
 def _between(family: Family, goal: Goal) -> list[Candidate]:

@@ -280,6 +280,9 @@ class PruningRun:
         # Without a count, a stretch of visual rows is one image.
         rows_per_image = np.count_nonzero(visual) // call.num_images if call.num_images else 0
         samples: list[Sample] = []
+        for fork in self._forks:
+            if not 0 <= fork.of < batch:
+                raise UnsupportedCallError(f"a fork of prompt {fork.of} was asked for; the batch has {batch}")
         for number, (mask, pad) in enumerate(zip(visual, padding, strict=True)):
             which = number // copies if len(self._plans) > 1 else 0
             images = _stretches(mask[pad:], rows_per_image)
@@ -553,6 +556,8 @@ def prune(
     configs: Sequence[Any] = config if isinstance(config, list | tuple) else [config]
     methods = [_method_for(adapter, each) for each in configs]
     ways = [_fork(adapter, *fork) for fork in forks]
+    if any(later.layer < fork.layer for fork, later in pairwise(ways)):
+        raise PruningConfigError("forks must be given by ascending layer: logits and traces come out in that order")
     seat = _seat_of(adapter.decoder)
     run = PruningRun(adapter, methods, visual_mask, seat.lock, ways)
     with seat.lock:
