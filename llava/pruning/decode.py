@@ -60,8 +60,8 @@ class Decoding:
             if batch > 1:
                 shape = (keys.shape[1], batch, stored.capacity[0], head_dim)
                 keys, values = keys[0].view(shape).transpose(0, 1), values[0].view(shape).transpose(0, 1)
-            length = stored.lengths[0]
-            keys, values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
+            start, length = stored.starts[0], stored.lengths[0]
+            keys, values = keys.narrow(2, start, length), values.narrow(2, start, length)
             output = nn.functional.scaled_dot_product_attention(
                 query, keys, values, scale=scale, enable_gqa=heads != keys.shape[1]
             )

@@ -99,12 +99,13 @@ class PruningRun:
         methods: Sequence[Method | None],
         visual_mask: torch.Tensor | None,
         lock: Any,
+        ragged: bool = False,
     ):
         self.traces: list[PruningTrace] = []
         self._adapter = adapter
         self._plans = [Plan.of(method, len(adapter.layers)) for method in methods]  # one for all prompts, or one each
         # Where nothing prunes, the model's own kernels run and only traces are kept.
-        self._prunes = any(method is not None for method in methods)
+        self._prunes = ragged or any(method is not None for method in methods)
         watching = [method.name for method in methods if method is not None and method.needs_tower]
         self._tower = TowerWatch(adapter.tower_layer(watching[0]), adapter.projector) if watching else None
         self._visual_mask = visual_mask
@@ -163,6 +164,11 @@ class PruningRun:
         self._forward = None
         for lease in self._leases:
             lease.active = False
+
+    def adopt(self, lease: CacheLease) -> None:
+        """Let a ragged cache that was put together elsewhere be continued inside this block."""
+        lease.active = True
+        self._leases.add(lease)
 
     # -- around the model ----------------------------------------------------------------------------------------
 
@@ -480,6 +486,7 @@ def prune(
     config: Config | Sequence[Config] = None,
     *,
     visual_mask: torch.Tensor | None = None,
+    ragged: bool = False,
 ) -> Iterator[PruningRun]:
     """Prune visual tokens in every call of `model` inside the block.
 
@@ -492,6 +499,7 @@ def prune(
         visual_mask: bool [batch, rows], for calls with `inputs_embeds`, where ids cannot tell which rows are
             visual. Padding is part of the rows. Integers instead (0: text) number the images, so that adjacent ones
             are told apart.
+        ragged: pack dense prompts too and give them a ragged cache, for callers that take it apart (`llava.serving`).
 
     Yields:
         The run; its `traces` are those of the last prefill, one a prompt, in batch order.
@@ -507,7 +515,7 @@ def prune(
     configs: Sequence[Any] = config if isinstance(config, list | tuple) else [config]
     methods = [_method_for(adapter, each) for each in configs]
     seat = _seat_of(adapter.decoder)
-    run = PruningRun(adapter, methods, visual_mask, seat.lock)
+    run = PruningRun(adapter, methods, visual_mask, seat.lock, ragged)
     with seat.lock:
         if seat.run is not None:
             here = seat.run[1] == threading.get_ident()
