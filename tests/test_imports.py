@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "eval": INFERENCE,
     "visualize": INFERENCE,
     "integrations": INFERENCE,
-    "serve": {"visualize", *INFERENCE},
+    "serving": INFERENCE,
+    "serve": {"serving", "visualize", *INFERENCE},
 }
 
 
