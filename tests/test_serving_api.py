@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -16,7 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -26,8 +27,9 @@ import psutil
 import pytest
 import uvicorn
 from PIL import Image
-from serving_helpers import IMAGES, alone, config_of, picture, random_request, shipped
+from serving_helpers import IMAGES, alone, config_of, picture, shipped
 
+from llava.constants import SHIPPED_MODEL_PATH
 from llava.inference import GenerationOptions, Turn
 from llava.serving import Limits, Request, Scheduler
 from llava.serving.app import ServerSettings, build_app
@@ -110,10 +112,13 @@ def _leaves_nothing(request):
 
 @pytest.fixture
 def endless(monkeypatch):
-    """Answers that only their limits end."""
-    monkeypatch.setattr(shipped(), "end_ids", [])
-    monkeypatch.setattr(shipped(), "stop_strings", [])
-    monkeypatch.setattr("llava.serving.engine.AnswerText.push", lambda self, token: "x")
+    """Answers that only their limits end, an x a token."""
+
+    def accept(self, answer, token):
+        answer.ids.append(token)
+        return "x", "length" if len(answer.ids) >= answer.limit else None
+
+    monkeypatch.setattr("llava.serving.engine.Engine.accept", accept)
 
 
 def data_url(content: bytes | Path, kind: str = "image/png") -> str:
@@ -198,28 +203,27 @@ def test_a_system_message_goes_before_the_first_question(server):
     assert server.ask(messages).choices[0].message.content == expected("Be brief.\nWhat is this?", 0).text
 
 
-@pytest.mark.parametrize("pruning", [False, None, {"method": "fastv", "layer": 2, "keep": 0.5}, {"mode": ["deep"]}])
+@pytest.mark.parametrize(
+    "pruning", [False, None, {"method": "fastv", "layer": 2, "keep": 0.5}, {"mode": ["deep"], "mid_deep_layer": 6}]
+)
 def test_a_request_brings_its_own_pruning(server, pruning):
     answer = server.ask(with_pictures("What is this?", data_url(IMAGES[0])), extra_body={"pruning": pruning})
-    config = None if not pruning else pruning
+    config = pruning or None
     assert answer.choices[0].message.content == expected("What is this?", 0, config=config).text
     assert (answer.usage.flops_saved == {}) == (config is None)
 
 
 def test_n_answers_with_a_seed(server):
-    how = {"n": 3, "temperature": 1.5, "top_p": 0.95, "seed": 5, "max_completion_tokens": 10, "max_tokens": None}
-    first, second = server.ask(**how), server.ask(**how)
+    how = {"n": 6, "temperature": 2, "top_p": 0.999, "seed": 5, "max_completion_tokens": 10, "max_tokens": None}
+    messages = with_pictures("Describe the picture.", data_url(IMAGES[0]))
+    first, second = server.ask(messages, **how), server.ask(messages, **how)
     texts = [choice.message.content for choice in first.choices]
     assert texts == [choice.message.content for choice in second.choices]
-    assert [choice.index for choice in first.choices] == [0, 1, 2] and len(set(texts)) > 1
-    streamed = {0: "", 1: "", 2: ""}
-    for chunk in server.ask(**how, stream=True):
+    assert [choice.index for choice in first.choices] == list(range(6)) and len(set(texts)) > 1
+    streamed = dict.fromkeys(range(6), "")
+    for chunk in server.ask(messages, **how, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert list(streamed.values()) == texts
-
-
-def test_stop_strings(server, endless):
-    assert server.ask(max_tokens=5).choices[0].message.content == "xxxxx"
 
 
 def test_a_stop_string_ends_an_answer(server):
@@ -234,6 +238,7 @@ def test_a_stop_string_ends_an_answer(server):
 
 def test_max_tokens_end_with_length(server, endless):
     answer = server.ask(max_tokens=3)
+    assert answer.choices[0].message.content == "xxx"
     assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 3
 
 
@@ -295,14 +300,6 @@ def gif_bomb() -> bytes:
     return b"GIF89a" + struct.pack("<HHBBB", 16000, 16000, 0, 0, 0) + b";"
 
 
-def zip_bomb() -> bytes:
-    """A PNG whose pixels unpack to much more than it declares."""
-    plain = png_header(8, 8)
-    idat = zlib.compress(b"\0" * 50_000_000, 9)
-    part = struct.pack(">I", len(idat)) + b"IDAT" + idat + struct.pack(">I", zlib.crc32(b"IDAT" + idat))
-    return plain[:33] + part + plain[-12:]
-
-
 def truncated() -> bytes:
     stream = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(stream, "JPEG")
@@ -329,7 +326,6 @@ BAD_PICTURES = {
     "10,000 x 10,000": data_url(png_header(10_000, 10_000)),
     "a long strip": data_url(png_header(60_000, 1)),
     "a GIF that declares 256 megapixels": data_url(gif_bomb()),
-    "pixels that unpack without end": data_url(zip_bomb()),
     "a comment that unpacks without end": data_url(text_bomb()),
     "broken base64": "data:image/png;base64,@@@@",
     "base64 with a wrong padding": "data:image/png;base64,iVBORw0KGgo",
@@ -454,9 +450,9 @@ def test_a_wrong_key(server, given, status):
 
 
 def test_a_wrong_key_in_the_client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0) as client:
-        with pytest.raises(openai.AuthenticationError):
-            client.models.list()
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0)
+    with client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
 
 
 def test_the_client_reads_errors_as_errors(server):
@@ -486,10 +482,8 @@ def test_a_body_of_50_mb(server):
         for _ in range(50):
             yield b" " * 1_000_000
 
-    try:
+    with suppress(httpx.WriteError):  # the connection may be closed before all is sent
         assert_refused(server.http.post("/v1/chat/completions", content=in_parts(), headers=headers), 413)
-    except httpx.WriteError:
-        pass  # the connection was closed before all was sent
 
 
 def test_a_body_that_does_not_come():
@@ -570,10 +564,10 @@ def test_a_redirect_does_not_lead_inside(server, monkeypatch):
 def test_a_client_that_leaves_a_stream_is_not_answered_on(server, endless):
     stream = server.ask(max_tokens=100_000, stream=True)
     next(iter(stream))
-    assert server.scheduler.load.running == 1
+    while not server.scheduler.load.running:  # its first token is on the way before it counts
+        time.sleep(0.001)
     stream.close()
     server.settled()
-    assert server.scheduler.load.is_alive
 
 
 def test_a_client_that_leaves_before_its_answer(server, endless):
@@ -680,56 +674,73 @@ def program(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
         process.stderr.close()
 
 
-def long_stream(url: str, tokens: int, found: list) -> None:
-    """Reads a stream to its end; many answers, so that it takes a while even if each ends early."""
-    body = {"model": "tiny_llava", "messages": PROMPT, "max_tokens": tokens, "stream": True}
-    body |= {"temperature": 2.0, "n": 8, "seed": 1}
+@pytest.fixture
+def never_ending(tmp_path) -> Path:
+    """The shipped model with an end token that it never says."""
+    folder = tmp_path / "never-ending"
+    shutil.copytree(SHIPPED_MODEL_PATH, folder)
+    settings = {"eos_token_id": shipped().model.config.vocab_size - 1}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def read_stream(url: str, tokens: int, found: list) -> None:
+    body = {"model": "never-ending", "messages": PROMPT, "max_tokens": tokens, "stream": True}
     try:
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as answer:
             if answer.status_code != 200:
                 found.append(json.loads(answer.read())["error"]["code"])
                 return
             for line in answer.iter_lines():
-                if line:
-                    found.append(line)
+                found.append(line)
     except httpx.TransportError as error:
         found.append(error)
 
 
-def test_sigterm_lets_running_answers_end_and_sigkill_leaves_nothing():
-    with program("--max-running", "8") as (process, url):
+def started(url: str, tokens: int) -> tuple[threading.Thread, list]:
+    found: list = []
+    reader = threading.Thread(target=read_stream, args=(url, tokens, found))
+    reader.start()
+    return reader, found
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_sigterm_lets_running_answers_end_and_refuses_waiting_ones(never_ending):
+    with program("--model-path", str(never_ending), "--max-running", "1") as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
-        assert client.chat.completions.create(model="tiny_llava", messages=PROMPT, max_tokens=3).choices
-        first: list = []
-        second: list = []
-        threads = [threading.Thread(target=long_stream, args=(url, 400, first))]
-        threads[0].start()
-        while len(first) < 20:
-            time.sleep(0.005)
-        threads.append(threading.Thread(target=long_stream, args=(url, 400, second)))
-        threads[1].start()
-        while (
-            'num_requests_waiting{model_name="tiny_llava"} 1.0' not in httpx.get(f"{url}/metrics").text and not second
-        ):
-            time.sleep(0.005)
+        assert client.chat.completions.create(model="never-ending", messages=PROMPT, max_tokens=3).choices
+        client.close()
+        running_reader, running_lines = started(url, 150)
+        wait_for(lambda: running_lines)
+        waiting_reader, waiting_lines = started(url, 150)
+        waits = 'num_requests_waiting{model_name="never-ending"} 1.0'
+        wait_for(lambda: waits in httpx.get(f"{url}/metrics").text)
         process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join()
-        assert first[-1] == "data: [DONE]"
-        assert second[-1] in ("shutting_down", "data: [DONE]")  # the latter where the first was over by then
+        running_reader.join()
+        waiting_reader.join()
+        assert running_lines[-2:] == ["data: [DONE]", ""]
+        assert waiting_lines == ["shutting_down"]
         assert process.wait(60) == 0
-        assert process.stderr.read().count("Traceback") == 0
-    with program() as (process, url):
-        found: list = []
-        reader = threading.Thread(target=long_stream, args=(url, 400, found))
-        reader.start()
-        while len(found) < 20:
-            time.sleep(0.005)
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_sigkill_breaks_streams_and_leaves_no_process(never_ending):
+    with program("--model-path", str(never_ending)) as (process, url):
+        reader, lines = started(url, 1000)
+        wait_for(lambda: lines)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         reader.join()
-        assert isinstance(found[-1], httpx.TransportError)  # and not a stream that seems whole
+        assert isinstance(lines[-1], httpx.TransportError)  # and not a stream that seems whole
         assert not any(child.is_running() for child in children)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
 
 
 @pytest.mark.parametrize(
@@ -752,11 +763,3 @@ def test_bad_options_are_one_line(options, says, capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and says in error and "\n" not in error
-
-
-def test_random_requests_through_the_client_equal_those_alone(server):
-    """Of all kinds: what goes through HTTP is what the scheduler's own tests compare."""
-    source = random.Random(3)
-    for _ in range(4):
-        request = random_request(source, 6, config=source.choice([None, "shipped"]))
-        assert server.scheduler.submit(request)
