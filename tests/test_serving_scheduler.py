@@ -17,7 +17,8 @@ from tiny_checkpoints import tiny_tokenizer
 from tiny_stock import write_stock
 
 from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
-from llava.pruning import Method, prune
+from llava.pruning import Method, prune, varlen
+from llava.pruning.attention import attend_one
 from llava.serving import (
     ClosingError,
     Failure,
@@ -301,6 +302,21 @@ def test_a_slab_moves_a_row_a_bounded_number_of_times():
     for _ in range(20):
         tight.take(rows_of(1, 10), rows_of(1, 10), 100, 0, 0)
     assert len(tight.keys) == 2000  # without permission it grows by what it needs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's variable-length kernel needs a GPU")
+def test_the_ragged_kernel_takes_segments_in_any_order():
+    lengths, starts = [5, 130, 1, 40], [600, 10, 400, 200]
+    query = torch.randn(4, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    keys, values = (torch.randn(700, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    offsets = torch.tensor([*starts, starts[-1] + lengths[-1]], dtype=torch.int32, device="cuda")
+    used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    segments = varlen.Segments(offsets, max(lengths))
+    together = varlen.attend_last(query, keys.transpose(0, 1), values.transpose(0, 1), segments, used, 0.125)
+    for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        own = (part[start : start + length].transpose(0, 1)[None] for part in (keys, values))
+        alone = attend_one(query[number : number + 1], *own, 0.125)
+        torch.testing.assert_close(together[number, 0], alone[0, :, 0], atol=2e-2, rtol=2e-2)
 
 
 def test_requests_wait_for_memory_and_all_are_answered():

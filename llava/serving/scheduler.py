@@ -305,14 +305,18 @@ class Scheduler:
             for job in jobs:
                 self._prefill([job])
             return
+        again: list[_Job] = []
         for sample, job in enumerate(jobs):
             try:
-                self._begin(job, done, sample)
+                if not self._begin(job, done, sample):
+                    again.append(job)
             except Exception as error:
                 self._end(job, error)
+        with self._condition:  # their rows are known now, so they are asked again when there is room
+            self._waiting.extendleft(reversed(again))
 
-    def _begin(self, job: _Job, done: Prefilled, sample: int) -> None:
-        """First tokens of one prompt's answers; those that go on get a place."""
+    def _begin(self, job: _Job, done: Prefilled, sample: int) -> bool:
+        """First tokens of one prompt's answers; those that go on get a place. False: there is none now."""
         job.trace = done.traces[sample]
         self._forecast.correct(job.request, job.trace)
         rows = done.rows(sample) + job.limit * self._forecast.num_layers
@@ -323,9 +327,7 @@ class Scheduler:
                     f"the request needs {job.known_bytes / 2**20:,.0f} MiB for keys and values, and there are "
                     f"{self._budget / 2**20:,.0f}; ask for fewer tokens, pictures or answers, or prune more"
                 )
-            with self._condition:
-                self._waiting.appendleft(job)  # its rows are known now, so it is asked again when there is room
-            return
+            return False
         job.answers = self._engine.answers(job.request, done, sample, job.limit)
         job.open = len(job.answers)
         logits = done.logits[sample].expand(len(job.answers), -1)
@@ -333,6 +335,7 @@ class Scheduler:
             if self._accept(job, answer, token):
                 self._engine.place(answer, done, sample)
                 self._running.append((job, answer))
+        return True
 
     def _decode(self) -> None:
         """One token for every running answer; if that fails, one by one, so that only those fail which must."""
