@@ -372,7 +372,8 @@ BAD_FIELDS = {
     "too many pictures": {"messages": with_pictures("What?", *[data_url(IMAGES[0])] * 5)},
     "an unknown part": {"messages": [{"role": "user", "content": [{"type": "video_url"}, QUESTION]}]},
     "a placeholder in text": {"messages": [{"role": "user", "content": "<image> <image> what?"}]},
-    "an endless prompt": {"messages": [{"role": "user", "content": "a b " * 100_000}]},
+    "an endless prompt": {"messages": [{"role": "user", "content": "a b " * 3_000_000}]},
+    "a prompt longer than the context": {"messages": [{"role": "user", "content": "a b " * 2_000}]},
     "max_tokens 0": {"max_tokens": 0},
     "max_tokens -1": {"max_tokens": -1},
     "temperature": {"temperature": 3},
@@ -599,6 +600,28 @@ def test_a_full_queue_says_when_to_come_again(endless):
         waiting.join()
         assert answers[0].status_code == 200
         server.settled()
+
+
+def test_pictures_that_wait_are_bounded(endless):
+    messages = with_pictures("What is this?", data_url(IMAGES[0]))
+    with running(max_held_pixels=1000) as server:
+        stream = server.ask(messages, max_tokens=100_000, stream=True)  # the first goes in any case
+        next(iter(stream))
+        assert "pictures" in assert_refused(server.post(messages=messages), 429)
+        assert server.post().status_code == 200  # without a picture
+        stream.close()
+        server.settled()
+        for _ in range(3):
+            assert server.post(messages=messages).status_code == 200
+        server.settled()
+
+
+def test_pixels_are_counted_over_all_pictures_of_a_request():
+    side = Image.open(IMAGES[0]).size
+    with running(defaults=Defaults(max_pixels=int(1.5 * side[0] * side[1]))) as server:
+        urls = [data_url(IMAGES[0])] * 2
+        assert server.post(messages=with_pictures("What is this?", urls[0])).status_code == 200
+        assert "pixels" in assert_refused(server.post(messages=with_pictures("What is this?", *urls)))
 
 
 def test_a_request_that_takes_too_long(endless):
