@@ -574,6 +574,22 @@ def test_a_prefill_batch_holds_no_more_rows_than_its_budget(monkeypatch):
     assert any(len(batch) > 1 for batch in batches)
 
 
+def test_a_running_answer_waits_for_no_more_than_one_prefill_batch(endless):
+    source = random.Random(16)
+    calls = []
+    with Scheduler(shipped(), Limits(prefill_rows=1)) as scheduler:
+        engine = scheduler._engine
+        prefill, step = engine.prefill, engine.step
+        engine.prefill = lambda requests: calls.append("prefill") or prefill(requests)
+        engine.step = lambda answers: calls.append("step") or step(answers)
+        prompts = [random_request(source, config=None).prompt for _ in range(6)]
+        tickets = [scheduler.submit(Request(prompt, None, GenerationOptions(8))) for prompt in prompts]
+        for ticket in tickets:
+            read(scheduler.stream(ticket))
+    assert calls.count("prefill") == 6
+    assert ("prefill", "prefill") not in set(pairwise(calls))
+
+
 def test_pieces_and_failures_are_what_a_listener_gets(long_request, endless):
     got: list = []
     over = threading.Event()

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -300,8 +301,7 @@ class Scheduler:
             if len(jobs) == 1:
                 self._end(jobs[0], error)
                 return
-            # What the frames of the failed call hold is given back before the next.
-            error.__traceback__ = None
+            clear_frames(error.__traceback__)  # what they hold is given back before the next call
             for job in jobs:
                 self._prefill([job])
             return
@@ -343,7 +343,7 @@ class Scheduler:
         try:
             self._advance(together)
         except Exception as error:
-            error.__traceback__ = None
+            clear_frames(error.__traceback__)
             for pair in together:
                 try:
                     self._advance([pair])
@@ -403,7 +403,7 @@ class Scheduler:
                 self._engine.release(answer)
         self._running = [(other, answer) for other, answer in self._running if other is not job]
         if error is not None:
-            error.__traceback__ = None  # its frames hold tensors
+            clear_frames(error.__traceback__)  # they hold tensors, and whoever asked may keep the error
             job.ticket.send(Failure(error))
 
     def _fail_all(self, error: Exception) -> None:
