@@ -28,9 +28,10 @@ import pytest
 import uvicorn
 from PIL import Image
 from serving_helpers import IMAGES, alone, config_of, picture, shipped
+from tiny_stock import write_stock
 
 from llava.constants import SHIPPED_MODEL_PATH
-from llava.inference import GenerationOptions, Turn
+from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
 from llava.serving import Limits, Request, Scheduler
 from llava.serving.app import ServerSettings, build_app
 from llava.serving.protocol import Defaults
@@ -42,8 +43,8 @@ PROMPT = [{"role": "user", "content": "What shape is in the image?"}]
 class Running:
     """A server on a port of its own, in threads of this process."""
 
-    def __init__(self, limits: Limits | None = None, **settings) -> None:
-        self.scheduler = Scheduler(shipped(), limits)
+    def __init__(self, limits: Limits | None = None, model: LoadedModel | None = None, **settings) -> None:
+        self.scheduler = Scheduler(model or shipped(), limits)
         settings.setdefault("model_name", "tiny")
         settings.setdefault("api_keys", [KEY])
         app = build_app(self.scheduler, ServerSettings(**settings))
@@ -261,6 +262,19 @@ def test_the_async_client_asks_sixteen_times_at_once(server):
     answers = asyncio.run(ask_all())
     cached = {each: expected(each[1], each[0], tokens=6).text for each in set(wanted)}
     assert answers == [cached[each] for each in wanted]
+
+
+def test_a_stock_checkpoint_answers_as_alone(tmp_path):
+    checkpoint = open_checkpoint(write_stock(tmp_path / "stock"))
+    model = LoadedModel(checkpoint, LoadOptions(device="cpu"))
+    config = checkpoint.pruning_config({"method": "fastv", "layer": 2, "keep": 0.25})
+    with running(model=model, defaults=Defaults(config)) as server:
+        answer = server.ask(with_pictures("what is this", data_url(IMAGES[0])), max_tokens=6)
+        prompt = checkpoint.encode([Turn("what is this", [checkpoint.read_picture(IMAGES[0])])])
+        expected_answer = model.answer(prompt, config, GenerationOptions(6))
+        assert answer.choices[0].message.content == expected_answer.text
+        assert answer.usage.kept_visual_tokens == expected_answer.kept < answer.usage.visual_tokens
+        server.settled()
 
 
 def test_health_and_metrics(server):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from family_models import FAMILIES, family_model
 from serving_helpers import CONFIGS, alone, picture, random_request, read, shipped
-from tiny_checkpoints import tiny_tokenizer
+from tiny_checkpoints import ANYRES, tiny_config, tiny_model, tiny_tokenizer, write_original
 from tiny_stock import write_stock
 
 from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
@@ -161,6 +161,31 @@ def test_a_stock_checkpoint_with_its_own_processor(tmp_path):
         for each in turns
         for pruned in (config, None)
     ]
+    with Scheduler(model) as scheduler:
+        tickets = [scheduler.submit(request) for request in requests]
+        for request, ticket in zip(requests, tickets, strict=True):
+            (ids,), _, _ = read(scheduler.stream(ticket))
+            assert ids == model.answer(request.prompt, request.config, request.options).ids
+
+
+def test_an_anyres_checkpoint_whose_pictures_have_different_numbers_of_tiles(tmp_path):
+    folder = write_original(tmp_path / "tiny-v1.6", tiny_model(tiny_config(num_hidden_layers=8, **ANYRES)))
+    checkpoint = open_checkpoint(folder)
+    model = LoadedModel(checkpoint, LoadOptions(device="cpu"))
+    configs = [
+        None,
+        {"method": "fastv", "layer": 2, "keep": 0.3},
+        {"method": "divprune", "keep": 0.4},
+        {"method": "vtw", "layer": 3},
+    ]
+    requests = []
+    for number, config in enumerate(configs):
+        sizes = [(30 + 25 * number, 40), (50, 90 - 20 * number)][: 1 + number % 2]
+        pictures = [checkpoint.read_picture(picture(number).image.resize(size)) for size in sizes]
+        prompt = checkpoint.encode([Turn("what is this red cat", pictures)])
+        method = config and checkpoint.pruning_config(config)
+        requests.append(Request(prompt, method, GenerationOptions(max_new_tokens=6)))
+    assert len({request.prompt.num_visual for request in requests}) > 2
     with Scheduler(model) as scheduler:
         tickets = [scheduler.submit(request) for request in requests]
         for request, ticket in zip(requests, tickets, strict=True):
