@@ -7,7 +7,9 @@ bomb, a slow server or a redirect to `file://` is the same clear `ImageError` ev
 from __future__ import annotations
 
 import io
+import ipaddress
 import re
+import socket
 import threading
 import time
 import warnings
@@ -50,6 +52,7 @@ def load_image(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     timeout: float = URL_TIMEOUT,
+    only_public: bool = False,
 ) -> Image.Image:
     """Open a picture and return it upright, opaque and in 8-bit RGB.
 
@@ -63,6 +66,8 @@ def load_image(
             refused as well.
         max_bytes: limit on a download, in bytes.
         timeout: seconds for a whole download.
+        only_public: whether to download from public addresses alone, at every redirect: for sources that a stranger
+            names, who must not reach this machine's network through it.
 
     Returns:
         A `PIL.Image.Image` of mode `RGB`.
@@ -72,7 +77,7 @@ def load_image(
     """
     name = str(source)
     if is_url(source):
-        return _decode(io.BytesIO(_download(name, max_bytes, timeout)), name, max_pixels)
+        return decode_image(_download(name, max_bytes, timeout, only_public), name, max_pixels=max_pixels)
     path = Path(source).expanduser()
     try:
         if path.is_dir():
@@ -85,6 +90,11 @@ def load_image(
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"cannot read image {name!r}: {error}") from error
+
+
+def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`load_image` for a file's content; errors call it `name`."""
+    return _decode(io.BytesIO(content), name, max_pixels)
 
 
 def _decode(file, name: str, max_pixels: int) -> Image.Image:
@@ -146,12 +156,16 @@ def _grey_to_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     return Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8))
 
 
-def _download(url: str, max_bytes: int, timeout: float) -> bytes:
+def _download(url: str, max_bytes: int, timeout: float, only_public: bool) -> bytes:
     # In a thread, because no per-read time-out bounds a server that sends a byte now and then: when the time
     # is up the caller goes on and the connection is closed under the thread.
     _check_scheme(url, url)
     outcome: list[bytes | Exception] = []
-    client = httpx.Client(timeout=timeout, headers={"Accept-Encoding": "identity", "User-Agent": "llava-visipruner"})
+    client = httpx.Client(
+        timeout=timeout,
+        headers={"Accept-Encoding": "identity", "User-Agent": "llava-visipruner"},
+        transport=_PublicTransport() if only_public else None,
+    )
 
     def work() -> None:
         try:
@@ -173,6 +187,38 @@ def _download(url: str, max_bytes: int, timeout: float) -> bytes:
     if isinstance(result, httpx.TimeoutException):
         raise ImageError(f"no picture from {url!r} within {timeout:g} seconds") from result
     raise ImageError(f"cannot download {url!r}: {str(result) or type(result).__name__}") from result
+
+
+class _PublicTransport(httpx.HTTPTransport):
+    """Connects to public addresses alone, through no proxy. A name is looked up once and that address is used, so that
+    it cannot mean another one a moment later."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        host = request.url.host
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise httpx.ConnectError(f"the name {host!r} is not known") from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if not all(map(_is_public, addresses)):
+            raise ImageError(f"cannot download from {host!r}: only public addresses are allowed")
+        pinned = httpx.Request(
+            request.method,
+            request.url.copy_with(host=addresses[0]),
+            headers=request.headers,  # whose Host is the name
+            extensions={**request.extensions, "sni_hostname": host},  # what the certificate has to name
+        )
+        return super().handle_request(pinned)
+
+
+# Addresses that stand for IPv4 ones: translated, tunnelled.
+_CARRIERS = [ipaddress.ip_network(net) for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")]
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return ip.is_global and not ip.is_multicast and not any(ip in net for net in _CARRIERS if net.version == ip.version)
 
 
 def _fetch(client: httpx.Client, url: str, max_bytes: int, deadline: float) -> bytes:

@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {"eval", *INFERENCE},
     "visualize": INFERENCE,
     "integrations": INFERENCE,
-    "serve": {"visualize", *INFERENCE},
+    "serving": INFERENCE,
+    "serve": {"serving", "visualize", *INFERENCE},
 }
 
 

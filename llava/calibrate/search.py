@@ -88,8 +88,7 @@ def measure_all(
         file = folder / f"measures-{number}.npz"
         measures = Measures.load(file)
         if measures is None:
-            prompt = [prompts[number]] * (2 if wanted.boundaries else 1)
-            given = {name: loaded.moved(value) for name, value in loaded.checkpoint.batch(prompt).items()}
+            given = loaded.inputs_for([prompts[number]] * (2 if wanted.boundaries else 1))
             measures = measure(model, wanted, given)
             measures.save(file)
         measured.append(measures)

@@ -72,11 +72,20 @@ class Picture:
 
 @dataclass
 class Turn:
-    """A question, the pictures that came with it, and the answer once there is one."""
+    """A question, the pictures that came with it, and the answer once there is one.
+
+    `said` is an answer's text where no more of it is known: somebody else kept the conversation.
+    """
 
     question: str
     pictures: list[Picture] = field(default_factory=list)
     answer: Answer | None = None
+    said: str | None = None
+
+    @property
+    def reply(self) -> str | None:
+        """The answer's text."""
+        return self.answer.text if self.answer is not None else self.said
 
 
 @dataclass(frozen=True)
@@ -286,7 +295,7 @@ class LlavaCheckpoint(Checkpoint):
         return Picture(picture.source, picture.image, pixels)
 
     def encode(self, turns: Sequence[Turn]) -> Prompt:
-        texts = [(self._question(turn), turn.answer.text if turn.answer else None) for turn in turns]
+        texts = [(self._question(turn), turn.reply) for turn in turns]
         text = build_prompt(self.conv_mode, texts)
         with self._tokenizing:
             ids = tokenizer_image_token(text, self.tokenizer, return_tensors="pt")
@@ -370,8 +379,8 @@ class StockCheckpoint(Checkpoint):
         for turn in turns:
             content = [*({"type": "image"} for _ in turn.pictures), {"type": "text", "text": turn.question}]
             messages.append({"role": "user", "content": content})
-            if turn.answer is not None:
-                answered = [{"type": "text", "text": turn.answer.text}]
+            if turn.reply is not None:
+                answered = [{"type": "text", "text": turn.reply}]
                 messages.append({"role": "assistant", "content": answered})
         text = self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         pictures = [picture for turn in turns for picture in turn.pictures]

@@ -30,6 +30,8 @@ class LoadedModel:
     Attributes:
         model: this project's LLaVA, or what transformers made of the checkpoint.
         tokenizer: its tokenizer.
+        end_ids: tokens that end an answer.
+        stop_strings: texts that end an answer, where no token of `end_ids` does it.
 
     Raises:
         UserError: see `llava.model.builder.load_pretrained_model`.
@@ -40,10 +42,10 @@ class LoadedModel:
         self.tokenizer, self.model = checkpoint.load(options or LoadOptions())
         self._is_warm = False
         ends = self.model.generation_config.eos_token_id
-        self._ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.end_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         self._padding = self.model.generation_config.pad_token_id
         stop = checkpoint.stop_string
-        self._keywords = [stop] if stop and stop != self.tokenizer.eos_token else []
+        self.stop_strings = [stop] if stop and stop != self.tokenizer.eos_token else []
 
     @property
     def placement(self) -> str:
@@ -93,11 +95,11 @@ class LoadedModel:
         limits = [min(options.max_new_tokens, self.checkpoint.context_len - prompt.num_rows) for prompt in prompts]
         watch = _Watch(stop)
         criteria = StoppingCriteriaList([watch])
-        if self._keywords:
-            criteria.append(KeywordsStoppingCriteria(self._keywords, self.tokenizer))
+        if self.stop_strings:
+            criteria.append(KeywordsStoppingCriteria(self.stop_strings, self.tokenizer))
         first_logits = _FirstLogits()
         streamer = _Streamer(self.tokenizer, on_text) if on_text and options.num_beams == 1 else None
-        given = {name: self.moved(value) for name, value in self.checkpoint.batch(prompts).items()}
+        given = self.inputs_for(prompts)
         # A method may want each prompt's question; the others get one config for all.
         own = [config.for_question(prompt.question) for prompt in prompts] if config is not None else []
         configs = own if any(each != config for each in own) else config
@@ -124,7 +126,7 @@ class LoadedModel:
         answers = []
         for number, (prompt, ids, limit, trace) in enumerate(zip(prompts, tokens, limits, traces, strict=True)):
             finish = "length" if len(ids) >= limit else "stop"
-            if ids and ids[-1] in self._ends:
+            if ids and ids[-1] in self.end_ids:
                 finish = "stop"
             elif stop is not None and stop.is_set():
                 finish = "interrupted"
@@ -154,16 +156,19 @@ class LoadedModel:
                 self.answer(prompt, each, GenerationOptions(max_new_tokens=1))
         self._is_warm = True
 
-    def moved(self, value: Any) -> Any:
-        """An input of the model on its device, and in its dtype where it is a floating-point one."""
+    def inputs_for(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What the model's ``generate`` takes for prompts of one batch, where the model is."""
+        return {name: self._moved(value) for name, value in self.checkpoint.batch(prompts).items()}
+
+    def _moved(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
     def _own_tokens(self, row: list[int]) -> list[int]:
         """A sample's tokens up to its end token: what follows is padding that its longer neighbours caused."""
-        end = next((index + 1 for index, token in enumerate(row) if token in self._ends), len(row))
-        if self._keywords and self._padding not in self._ends:  # a stop string ends a sample without an end token
+        end = next((index + 1 for index, token in enumerate(row) if token in self.end_ids), len(row))
+        if self.stop_strings and self._padding not in self.end_ids:  # a stop string ends a sample without an end token
             while end and row[end - 1] == self._padding:
                 end -= 1
         return row[:end]

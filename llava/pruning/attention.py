@@ -52,11 +52,24 @@ def attend(
 ) -> torch.Tensor:
     """Fused attention, `[heads, rows, head_dim]`. `causal` needs as many keys as queries."""
     tally.add(query, keys)
+    if query.shape[1] == 1:
+        return attend_one(query[None], keys[None], values[None], scale)[0]
     grouped = query.shape[0] != keys.shape[0]
     output = F.scaled_dot_product_attention(
         query[None], keys[None], values[None], is_causal=causal, scale=scale, enable_gqa=grouped
     )
     return output[0]
+
+
+def attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of one row a sample, `[batch, heads, 1, head_dim]`, to all keys, `[batch, kv_heads, rows, head_dim]`.
+
+    The heads of a group become the rows of one: told of groups, kernels for a CPU repeat every key and value first,
+    which takes several times as long as attending to them.
+    """
+    folded = query.unflatten(1, (keys.shape[1], -1)).squeeze(-2)
+    output = F.scaled_dot_product_attention(folded, keys, values, scale=scale)
+    return output.flatten(1, 2).unsqueeze(-2)
 
 
 def attend_with_lse(

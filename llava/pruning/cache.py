@@ -27,8 +27,8 @@ class CacheLease:
 
     Attributes:
         active: whether that engine is still in charge.
-        last_positions: int64 [batch or 1, 1], the position of each sample's last row. Layers hold fewer rows than
-            that, so it cannot be told from their lengths.
+        last_positions: int64 [(axes,) batch or 1, 1], the position of each sample's last row. Layers hold fewer rows
+            than that, so it cannot be told from their lengths.
         renumbered: for each sample, whether its rows may be numbered anew, so that a new row's position in a layer
             is the number of rows that the layer holds and of those that left since they were last numbered.
         coming: rows of each sample that a prefill's next layer takes up.
@@ -47,10 +47,10 @@ class CacheLease:
         if position_ids is None:
             self.last_positions = torch.full((1, 1), width - 1, device=device)
         else:
-            self.last_positions = position_ids[:, -1:] if position_ids.ndim == 2 else None
+            self.last_positions = position_ids[..., -1:]
 
     def following_positions(self, width: int) -> torch.Tensor | None:
-        """Positions of the next `width` rows, int64 [batch or 1, width]; None where they are not plain numbers."""
+        """Positions of the next `width` rows, int64 [(axes,) batch or 1, width]; None where nothing was noted."""
         if self.last_positions is None:
             return None
         return self.last_positions + torch.arange(1, width + 1, device=self.last_positions.device)

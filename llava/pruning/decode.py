@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from . import varlen
-from .attention import Tally, attend_behind
+from .attention import Tally, attend_behind, attend_one
 from .cache import RaggedLayer
 from .varlen import to_device
 
@@ -54,18 +53,15 @@ class Decoding:
     ) -> torch.Tensor:
         """`query` `[batch, heads, new, head_dim]`; keys and values are the layer's whole ragged storage."""
         stored = cast(RaggedLayer, self.cache.layers[layer])
-        batch, heads, new, head_dim = query.shape
+        batch, _, new, head_dim = query.shape
         if new == 1 and (batch == 1 or stored.is_uniform):
             # One call for all, and no more operators than the unpatched model needs: a step is bound by their launches.
             if batch > 1:
                 shape = (keys.shape[1], batch, stored.capacity[0], head_dim)
                 keys, values = keys[0].view(shape).transpose(0, 1), values[0].view(shape).transpose(0, 1)
-            length = stored.lengths[0]
-            keys, values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
-            output = nn.functional.scaled_dot_product_attention(
-                query, keys, values, scale=scale, enable_gqa=heads != keys.shape[1]
-            )
-            return output.transpose(1, 2)
+            start, length = stored.starts[0], stored.lengths[0]
+            keys, values = keys.narrow(2, start, length), values.narrow(2, start, length)
+            return attend_one(query, keys, values, scale).transpose(1, 2)
         if new == 1 and stored.cursor is not None and varlen.is_usable(query):
             segments = varlen.Segments(stored.cursor.offsets, max(stored.lengths))
             return varlen.attend_last(query, keys[0], values[0], segments, stored.cursor.lengths, scale)

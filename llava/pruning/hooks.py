@@ -102,13 +102,14 @@ class PruningRun:
         visual_mask: torch.Tensor | None,
         lock: Any,
         forks: Sequence[Fork] = (),
+        ragged: bool = False,
     ):
         self.traces: list[PruningTrace] = []
         self._adapter = adapter
         self._plans = [Plan.of(method, len(adapter.layers)) for method in methods]  # one for all prompts, or one each
         self._forks = forks
         # Where nothing prunes, the model's own kernels run and only traces are kept.
-        self._prunes = any(method is not None for method in methods) or len(forks) > 0
+        self._prunes = ragged or len(forks) > 0 or any(method is not None for method in methods)
         watching = [method.name for method in methods if method is not None and method.needs_tower]
         self._tower: TowerWatch | None = None
         if watching:
@@ -173,6 +174,11 @@ class PruningRun:
         self._forward = None
         for lease in self._leases:
             lease.active = False
+
+    def adopt(self, lease: CacheLease) -> None:
+        """Let a ragged cache that was put together elsewhere be continued inside this block."""
+        lease.active = True
+        self._leases.add(lease)
 
     # -- around the model ----------------------------------------------------------------------------------------
 
@@ -526,6 +532,7 @@ def prune(
     *,
     visual_mask: torch.Tensor | None = None,
     forks: Sequence[tuple[int, Config, int]] = (),
+    ragged: bool = False,
 ) -> Iterator[PruningRun]:
     """Prune visual tokens in every call of `model` inside the block.
 
@@ -541,6 +548,7 @@ def prune(
         forks: `(layer, config, prompt)`, by ascending layer: from `layer` on a copy of that prompt of the batch goes
             on under another config, from the states that the prompt has there. Logits and traces of the copies follow
             those of the batch. For forwards with `use_cache=False`.
+        ragged: pack dense prompts too and give them a ragged cache, for callers that take it apart (`llava.serving`).
 
     Yields:
         The run; its `traces` are those of the last prefill, one a prompt, in batch order.
@@ -559,7 +567,7 @@ def prune(
     if any(later.layer < fork.layer for fork, later in pairwise(ways)):
         raise PruningConfigError("forks must be given by ascending layer: logits and traces come out in that order")
     seat = _seat_of(adapter.decoder)
-    run = PruningRun(adapter, methods, visual_mask, seat.lock, ways)
+    run = PruningRun(adapter, methods, visual_mask, seat.lock, ways, ragged)
     with seat.lock:
         if seat.run is not None:
             here = seat.run[1] == threading.get_ident()
