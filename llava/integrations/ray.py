@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,8 @@ from llava.utils import UserError, run_main
 _BATCHES_A_TASK = 4
 # Tries of a task whose actor dies: a question that kills every actor must not be asked for ever.
 _TRIES = 4
+_NAME = "visipruner"  # of the Serve application
+_SPARE_REQUESTS = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,7 +155,8 @@ class _RayRun(Run):
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         tasks = -(-len(questions) // (_BATCHES_A_TASK * args.batch_size))
-        answered = ray.data.from_items(questions, override_num_blocks=tasks).map_batches(
+        rows = [{"question": pickle.dumps(question)} for question in questions]
+        answered = ray.data.from_items(rows, override_num_blocks=tasks).map_batches(
             _Actor,
             fn_constructor_args=((args.model_path, args.model_base, args.conv_mode), how),
             batch_size=None,
@@ -161,7 +167,7 @@ class _RayRun(Run):
         )
         try:
             for row in answered.iter_rows():
-                yield row["answered"]
+                yield pickle.loads(row["answered"])
                 if stop.asked:
                     return
         except ray.exceptions.RayTaskError as error:
@@ -182,14 +188,139 @@ class _Actor:
         self.asker = Asker(open_checkpoint(*checkpoint), how)
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        batches = list(self.asker.ask(list(block["item"])))
-        answered = np.empty(len(batches), dtype=object)
-        answered[:] = batches
-        return {"answered": answered}
+        questions = [pickle.loads(question) for question in block["question"]]
+        return {"answered": np.array([pickle.dumps(batch) for batch in self.asker.ask(questions)], dtype=object)}
 
 
-def serve(argv):
-    raise NotImplementedError
+# --- requests over HTTP ---------------------------------------------------------------------------------------------
+
+
+def serve(argv: Sequence[str]) -> int:
+    """`llava.serve.api` with replicas of the model behind one address, until a signal ends it."""
+    args = _serve_arguments(argv)
+    keys = api._keys(args.api_key_file)
+    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
+    config = None if args.dense else checkpoint.pruning_config(args.pruning_config)
+    place = replace(from_arguments(LoadOptions, args), device=_device(args))
+    limits, settings = api._limits(args), api._settings(args, keys, config)
+    if args.ray_address is None:
+        _check_port(args.host, args.port)
+    with _ray(args.ray_address) as ray, _Signals() as told_to_stop:
+        _check_room(ray, args, args.replicas)
+        from ray import serve as ray_serve
+        from ray.serve.config import HTTPOptions
+
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        ray_serve.start(
+            proxy_location="HeadOnly" if args.ray_address is None else "EveryNode",
+            http_options=HTTPOptions(host=args.host, port=args.port),
+            logging_config=quiet,
+        )
+        try:
+            model = (args.model_path, args.model_base, args.conv_mode)
+            ray_serve.run(_application(args, model, place, limits, settings), name=_NAME, logging_config=quiet)
+            name = settings.model_name or checkpoint.name
+            print(f"{name} on http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
+            if not keys and not api._is_loopback(args.host):
+                print("warning: everybody who reaches this address may use it; give --api-key-file", file=sys.stderr)
+            told_to_stop.wait()
+        except RuntimeError as error:
+            raise UserError(f"Ray Serve could not start the replicas: {error}") from error
+        finally:
+            ray_serve.delete(_NAME)
+            if args.ray_address is None:
+                ray_serve.shutdown()
+    return 0
+
+
+def _serve_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.integrations.ray serve",
+        description="Serve a vision-language model to OpenAI's clients from several replicas.",
+        epilog="All options of python -m llava.serve.api are taken too; its limits are those of one replica.",
+        allow_abbrev=False,
+    )
+    group = _add_ray_options(parser, "replica")
+    group.add_argument("--replicas", type=int, default=1, help="each loads the model (default: 1)")
+    group.add_argument("--max-replicas", type=int, help="Ray starts and ends replicas between --replicas and this")
+    group.add_argument(
+        "--target-requests", type=float, help="of one replica, on average, before there are more (default: --max-running)"
+    )
+    ours, rest = parser.parse_known_args(argv)
+    args = argparse.Namespace(**vars(api._arguments(rest)), **vars(ours))
+    if args.max_replicas is None:
+        args.max_replicas = args.replicas
+    if not 1 <= args.replicas <= args.max_replicas:
+        raise UserError(f"--replicas {args.replicas} --max-replicas {args.max_replicas}: 1 <= replicas <= max is needed")
+    if args.target_requests is None:
+        args.target_requests = args.max_running
+    if args.target_requests <= 0:
+        raise UserError(f"--target-requests is {args.target_requests:g}; it must be greater than 0")
+    return args
+
+
+def _application(
+    args: argparse.Namespace, model: tuple[str, str | None, str | None], place: LoadOptions, limits: Any, settings: Any
+) -> Any:
+    """The Ray Serve application: the API of `llava.serving.app`, built anew in every replica."""
+    from ray import serve as ray_serve
+
+    def build() -> Any:
+        from llava.serving import Scheduler
+        from llava.serving.app import build_app
+
+        scheduler = Scheduler(LoadedModel(open_checkpoint(*model), place), limits)
+        app = build_app(scheduler, settings)
+        app.state.scheduler = scheduler
+        return app
+
+    class Replica:
+        app: Any  # what `build` built
+
+        def check_health(self) -> None:
+            """Ray asks now and then, and replaces a replica that raises."""
+            if not self.app.state.scheduler.load.is_alive:
+                raise RuntimeError("the model is not running any more")
+
+        def __del__(self) -> None:
+            self.app.state.scheduler.close(timeout=0)  # Ray has waited for running answers
+
+    scaling: dict[str, Any] = {"num_replicas": args.replicas}
+    if args.max_replicas > args.replicas:
+        bounds = {"min_replicas": args.replicas, "max_replicas": args.max_replicas}
+        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": args.target_requests}}
+    deployment = ray_serve.deployment(
+        ray_serve.ingress(build)(Replica),
+        name=_NAME,
+        # Above what a replica takes, so that the one too many gets the API's own 429 and does not wait unseen.
+        max_ongoing_requests=limits.max_running + limits.max_waiting + _SPARE_REQUESTS,
+        graceful_shutdown_timeout_s=args.shutdown_timeout,
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": args.gpus},
+        **scaling,
+    )
+    return deployment.bind()
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
+
+
+class _Signals:
+    """While active, SIGINT and SIGTERM set the event that it gives."""
+
+    def __enter__(self) -> threading.Event:
+        told_to_stop = threading.Event()
+        self._before = {
+            number: signal.signal(number, lambda *_: told_to_stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return told_to_stop
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
