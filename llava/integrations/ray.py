@@ -1,4 +1,4 @@
-"""Ray, where one machine ends (extra ``ray``): a benchmark's questions over many actors, the HTTP API over many replicas.
+"""Ray, where one machine ends (extra ``ray``): a question file over many actors, the HTTP API over many replicas.
 
 ``python -m llava.integrations.ray answer …`` is `llava.eval.model_vqa_loader` with Ray Data doing the work, and
 ``python -m llava.integrations.ray serve …`` is `llava.serve.api` behind Ray Serve; both take all options of theirs.
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -62,7 +63,9 @@ def _ray(address: str | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError as missing:
-        raise UserError(f"Ray needs {missing.name}; install the extra: pip install 'llava-visipruner[ray]'") from missing
+        raise UserError(
+            f"Ray needs {missing.name}; install the extra: pip install 'llava-visipruner[ray]'"
+        ) from missing
     quiet: dict[str, Any] = {"logging_level": logging.WARNING}
     if address is None:
         quiet["include_dashboard"] = False
@@ -156,6 +159,8 @@ class _RayRun(Run):
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         tasks = -(-len(questions) // (_BATCHES_A_TASK * args.batch_size))
         rows = [{"question": pickle.dumps(question)} for question in questions]
+        # Ray is about to rename how retries are asked for.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
         answered = ray.data.from_items(rows, override_num_blocks=tasks).map_batches(
             _Actor,
             fn_constructor_args=((args.model_path, args.model_base, args.conv_mode), how),
@@ -210,6 +215,7 @@ def serve(argv: Sequence[str]) -> int:
         from ray import serve as ray_serve
         from ray.serve.config import HTTPOptions
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         ray_serve.start(
             proxy_location="HeadOnly" if args.ray_address is None else "EveryNode",
@@ -244,14 +250,18 @@ def _serve_arguments(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--replicas", type=int, default=1, help="each loads the model (default: 1)")
     group.add_argument("--max-replicas", type=int, help="Ray starts and ends replicas between --replicas and this")
     group.add_argument(
-        "--target-requests", type=float, help="of one replica, on average, before there are more (default: --max-running)"
+        "--target-requests",
+        type=float,
+        help="requests of one replica, on average, before there are more replicas (default: --max-running)",
     )
     ours, rest = parser.parse_known_args(argv)
     args = argparse.Namespace(**vars(api._arguments(rest)), **vars(ours))
     if args.max_replicas is None:
         args.max_replicas = args.replicas
     if not 1 <= args.replicas <= args.max_replicas:
-        raise UserError(f"--replicas {args.replicas} --max-replicas {args.max_replicas}: 1 <= replicas <= max is needed")
+        raise UserError(
+            f"--replicas {args.replicas} --max-replicas {args.max_replicas}: 1 <= replicas <= max is needed"
+        )
     if args.target_requests is None:
         args.target_requests = args.max_running
     if args.target_requests <= 0:
@@ -265,10 +275,14 @@ def _application(
     """The Ray Serve application: the API of `llava.serving.app`, built anew in every replica."""
     from ray import serve as ray_serve
 
+    is_local = args.ray_address is None
+
     def build() -> Any:
         from llava.serving import Scheduler
         from llava.serving.app import build_app
 
+        if is_local:
+            _stay_on_loopback()
         scheduler = Scheduler(LoadedModel(open_checkpoint(*model), place), limits)
         app = build_app(scheduler, settings)
         app.state.scheduler = scheduler
@@ -299,6 +313,17 @@ def _application(
         **scaling,
     )
     return deployment.bind()
+
+
+def _stay_on_loopback() -> None:
+    """In a replica, before it listens: Ray Serve has no setting for the address where replicas talk to one another.
+
+    Left alone that port is open on all addresses, and it takes pickles from whoever reaches it.
+    """
+    from ray.serve._private import replica
+
+    if bind := getattr(replica, "add_port_to_grpc_server", None):  # younger than the oldest Ray that we take
+        replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 def _check_port(host: str, port: int) -> None:
