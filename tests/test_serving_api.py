@@ -28,9 +28,10 @@ import pytest
 import uvicorn
 from PIL import Image
 from serving_helpers import IMAGES, alone, config_of, picture, shipped
+from tiny_stock import write_stock
 
 from llava.constants import SHIPPED_MODEL_PATH
-from llava.inference import GenerationOptions, Turn
+from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
 from llava.serving import Limits, Request, Scheduler
 from llava.serving.app import ServerSettings, build_app
 from llava.serving.protocol import Defaults
@@ -42,8 +43,8 @@ PROMPT = [{"role": "user", "content": "What shape is in the image?"}]
 class Running:
     """A server on a port of its own, in threads of this process."""
 
-    def __init__(self, limits: Limits | None = None, **settings) -> None:
-        self.scheduler = Scheduler(shipped(), limits)
+    def __init__(self, limits: Limits | None = None, model: LoadedModel | None = None, **settings) -> None:
+        self.scheduler = Scheduler(model or shipped(), limits)
         settings.setdefault("model_name", "tiny")
         settings.setdefault("api_keys", [KEY])
         app = build_app(self.scheduler, ServerSettings(**settings))
@@ -263,6 +264,19 @@ def test_the_async_client_asks_sixteen_times_at_once(server):
     assert answers == [cached[each] for each in wanted]
 
 
+def test_a_stock_checkpoint_answers_as_alone(tmp_path):
+    checkpoint = open_checkpoint(write_stock(tmp_path / "stock"))
+    model = LoadedModel(checkpoint, LoadOptions(device="cpu"))
+    config = checkpoint.pruning_config({"method": "fastv", "layer": 2, "keep": 0.25})
+    with running(model=model, defaults=Defaults(config)) as server:
+        answer = server.ask(with_pictures("what is this", data_url(IMAGES[0])), max_tokens=6)
+        prompt = checkpoint.encode([Turn("what is this", [checkpoint.read_picture(IMAGES[0])])])
+        expected_answer = model.answer(prompt, config, GenerationOptions(6))
+        assert answer.choices[0].message.content == expected_answer.text
+        assert answer.usage.kept_visual_tokens == expected_answer.kept < answer.usage.visual_tokens
+        server.settled()
+
+
 def test_health_and_metrics(server):
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     before = server.metric("vllm:request_success_total"), server.metric("vllm:generation_tokens_total")
@@ -372,7 +386,8 @@ BAD_FIELDS = {
     "too many pictures": {"messages": with_pictures("What?", *[data_url(IMAGES[0])] * 5)},
     "an unknown part": {"messages": [{"role": "user", "content": [{"type": "video_url"}, QUESTION]}]},
     "a placeholder in text": {"messages": [{"role": "user", "content": "<image> <image> what?"}]},
-    "an endless prompt": {"messages": [{"role": "user", "content": "a b " * 100_000}]},
+    "an endless prompt": {"messages": [{"role": "user", "content": "a b " * 3_000_000}]},
+    "a prompt longer than the context": {"messages": [{"role": "user", "content": "a b " * 2_000}]},
     "max_tokens 0": {"max_tokens": 0},
     "max_tokens -1": {"max_tokens": -1},
     "temperature": {"temperature": 3},
@@ -599,6 +614,28 @@ def test_a_full_queue_says_when_to_come_again(endless):
         waiting.join()
         assert answers[0].status_code == 200
         server.settled()
+
+
+def test_pictures_that_wait_are_bounded(endless):
+    messages = with_pictures("What is this?", data_url(IMAGES[0]))
+    with running(max_held_pixels=1000) as server:
+        stream = server.ask(messages, max_tokens=100_000, stream=True)  # the first goes in any case
+        next(iter(stream))
+        assert "pictures" in assert_refused(server.post(messages=messages), 429)
+        assert server.post().status_code == 200  # without a picture
+        stream.close()
+        server.settled()
+        for _ in range(3):
+            assert server.post(messages=messages).status_code == 200
+        server.settled()
+
+
+def test_pixels_are_counted_over_all_pictures_of_a_request():
+    side = Image.open(IMAGES[0]).size
+    with running(defaults=Defaults(max_pixels=int(1.5 * side[0] * side[1]))) as server:
+        urls = [data_url(IMAGES[0])] * 2
+        assert server.post(messages=with_pictures("What is this?", urls[0])).status_code == 200
+        assert "pixels" in assert_refused(server.post(messages=with_pictures("What is this?", *urls)))
 
 
 def test_a_request_that_takes_too_long(endless):

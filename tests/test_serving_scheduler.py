@@ -13,11 +13,12 @@ import pytest
 import torch
 from family_models import FAMILIES, family_model
 from serving_helpers import CONFIGS, alone, picture, random_request, read, shipped
-from tiny_checkpoints import tiny_tokenizer
+from tiny_checkpoints import ANYRES, tiny_config, tiny_model, tiny_tokenizer, write_original
 from tiny_stock import write_stock
 
 from llava.inference import GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
-from llava.pruning import Method, prune
+from llava.pruning import Method, prune, varlen
+from llava.pruning.attention import attend_one
 from llava.serving import (
     ClosingError,
     Failure,
@@ -167,6 +168,31 @@ def test_a_stock_checkpoint_with_its_own_processor(tmp_path):
             assert ids == model.answer(request.prompt, request.config, request.options).ids
 
 
+def test_an_anyres_checkpoint_whose_pictures_have_different_numbers_of_tiles(tmp_path):
+    folder = write_original(tmp_path / "tiny-v1.6", tiny_model(tiny_config(num_hidden_layers=8, **ANYRES)))
+    checkpoint = open_checkpoint(folder)
+    model = LoadedModel(checkpoint, LoadOptions(device="cpu"))
+    configs = [
+        None,
+        {"method": "fastv", "layer": 2, "keep": 0.3},
+        {"method": "divprune", "keep": 0.4},
+        {"method": "vtw", "layer": 3},
+    ]
+    requests = []
+    for number, config in enumerate(configs):
+        sizes = [(30 + 25 * number, 40), (50, 90 - 20 * number)][: 1 + number % 2]
+        pictures = [checkpoint.read_picture(picture(number).image.resize(size)) for size in sizes]
+        prompt = checkpoint.encode([Turn("what is this red cat", pictures)])
+        method = config and checkpoint.pruning_config(config)
+        requests.append(Request(prompt, method, GenerationOptions(max_new_tokens=6)))
+    assert len({request.prompt.num_visual for request in requests}) > 2
+    with Scheduler(model) as scheduler:
+        tickets = [scheduler.submit(request) for request in requests]
+        for request, ticket in zip(requests, tickets, strict=True):
+            (ids,), _, _ = read(scheduler.stream(ticket))
+            assert ids == model.answer(request.prompt, request.config, request.options).ids
+
+
 # -- drawing ---------------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +327,21 @@ def test_a_slab_moves_a_row_a_bounded_number_of_times():
     for _ in range(20):
         tight.take(rows_of(1, 10), rows_of(1, 10), 100, 0, 0)
     assert len(tight.keys) == 2000  # without permission it grows by what it needs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's variable-length kernel needs a GPU")
+def test_the_ragged_kernel_takes_segments_in_any_order():
+    lengths, starts = [5, 130, 1, 40], [600, 10, 400, 200]
+    query = torch.randn(4, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    keys, values = (torch.randn(700, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    offsets = torch.tensor([*starts, starts[-1] + lengths[-1]], dtype=torch.int32, device="cuda")
+    used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    segments = varlen.Segments(offsets, max(lengths))
+    together = varlen.attend_last(query, keys.transpose(0, 1), values.transpose(0, 1), segments, used, 0.125)
+    for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        own = (part[start : start + length].transpose(0, 1)[None] for part in (keys, values))
+        alone = attend_one(query[number : number + 1], *own, 0.125)
+        torch.testing.assert_close(together[number, 0], alone[0, :, 0], atol=2e-2, rtol=2e-2)
 
 
 def test_requests_wait_for_memory_and_all_are_answered():
@@ -556,6 +597,22 @@ def test_a_prefill_batch_holds_no_more_rows_than_its_budget(monkeypatch):
     assert sum(map(len, batches)) == len(requests)
     assert all(len(batch) == 1 or sum(batch) <= 300 for batch in batches)
     assert any(len(batch) > 1 for batch in batches)
+
+
+def test_a_running_answer_waits_for_no_more_than_one_prefill_batch(endless):
+    source = random.Random(16)
+    calls = []
+    with Scheduler(shipped(), Limits(prefill_rows=1)) as scheduler:
+        engine = scheduler._engine
+        prefill, step = engine.prefill, engine.step
+        engine.prefill = lambda requests: calls.append("prefill") or prefill(requests)
+        engine.step = lambda answers: calls.append("step") or step(answers)
+        prompts = [random_request(source, config=None).prompt for _ in range(6)]
+        tickets = [scheduler.submit(Request(prompt, None, GenerationOptions(8))) for prompt in prompts]
+        for ticket in tickets:
+            read(scheduler.stream(ticket))
+    assert calls.count("prefill") == 6
+    assert ("prefill", "prefill") not in set(pairwise(calls))
 
 
 def test_pieces_and_failures_are_what_a_listener_gets(long_request, endless):

@@ -94,6 +94,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how much at once")
     how.add_argument("--max-running", type=int, default=32, help="answers that are written together")
     how.add_argument("--max-waiting", type=int, default=128, help="requests that may wait; the next gets status 429")
+    how.add_argument(
+        "--max-held-pixels",
+        type=int,
+        default=1_000_000_000,
+        help="of the pictures of all requests on the way, three bytes each; more get status 429",
+    )
     how.add_argument("--prefill-rows", type=int, default=2048, help="rows of prompts that are prefilled together")
     how.add_argument(
         "--kv-memory", type=float, metavar="GIB", help="for keys and values (default: 80%% of what is free)"
@@ -104,7 +110,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     limits.add_argument("--temperature", type=float, default=0.0, help="of requests that name none; 0: greedy")
     limits.add_argument("--max-body-mb", type=float, default=20, help="MiB of a request, pictures included")
     limits.add_argument("--max-pictures", type=int, default=16)
-    limits.add_argument("--max-pixels", type=int, default=25_000_000, help="of one picture")
+    limits.add_argument("--max-pixels", type=int, default=50_000_000, help="of all pictures of a request together")
     limits.add_argument(
         "--picture-urls",
         choices=("public", "any", "off"),
@@ -139,6 +145,7 @@ def _settings(args: argparse.Namespace, keys: Sequence[str], config: Method | No
         args.served_model_name,
         keys,
         int(args.max_body_mb * 2**20),
+        max_held_pixels=args.max_held_pixels,
         defaults=Defaults(
             config,
             options.max_new_tokens,

@@ -11,8 +11,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -43,6 +44,7 @@ class ServerSettings:
         api_keys: one of them must come as ``Authorization: Bearer …``; empty: none is asked for.
         max_body_bytes: of one request.
         body_timeout: seconds in which a body must be there.
+        max_held_pixels: of the pictures of all requests that are not answered yet, three bytes each; more get 429.
         defaults: see `Defaults`.
 
     Raises:
@@ -53,13 +55,15 @@ class ServerSettings:
     api_keys: Sequence[str] = ()
     max_body_bytes: int = 20 * 2**20
     body_timeout: float = 30.0
+    max_held_pixels: int = 1_000_000_000
     defaults: Defaults = field(default_factory=Defaults)
 
     def __post_init__(self) -> None:
         if any(not key.strip() for key in self.api_keys):
             raise UserError("an API key is empty")
-        if self.max_body_bytes < 1 or self.body_timeout <= 0:
-            raise UserError("max_body_bytes and body_timeout must be greater than 0")
+        for name in ("max_body_bytes", "body_timeout", "max_held_pixels"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be greater than 0")
 
 
 def build_app(scheduler: Scheduler, settings: ServerSettings | None = None) -> FastAPI:
@@ -73,7 +77,7 @@ def build_app(scheduler: Scheduler, settings: ServerSettings | None = None) -> F
     metrics = Metrics(name, lambda: scheduler.load)
     created = int(time.time())
     limiter = CapacityLimiter(PREPARERS)
-    preparing = 0
+    preparing = held_pixels = 0
     app = FastAPI(title="VisiPruner", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(ApiError)
@@ -145,24 +149,40 @@ def build_app(scheduler: Scheduler, settings: ServerSettings | None = None) -> F
         finally:
             preparing -= 1
 
+    def hold(pixels: int) -> None:
+        nonlocal held_pixels
+        if pixels and held_pixels and held_pixels + pixels > settings.max_held_pixels:
+            raise QueueFullError("the pictures of waiting requests fill the memory; ask again later")
+        held_pixels += pixels
+
+    def let_go(pixels: int) -> None:
+        nonlocal held_pixels
+        held_pixels -= pixels
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         check_key(request)
         try:
             chat, prompted = await prepare(request)
-            answer = _Answer(scheduler, prompted, metrics, f"chatcmpl-{uuid.uuid4().hex}", name)
+            pixels = sum(picture.image.width * picture.image.height for picture in prompted.prompt.pictures)
+            hold(pixels)
+            try:
+                answer = _Answer(scheduler, prompted, metrics, name, partial(let_go, pixels))
+            except BaseException:
+                let_go(pixels)
+                raise
         except Exception as error:
             raise _told(error) from error
         try:
             if chat.stream:
                 include_usage = chat.stream_options is not None and chat.stream_options.include_usage
                 first = await answer.first(request)
-                stream = answer.chunks(first, include_usage)
-                return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-            return JSONResponse(await answer.whole(request))
+                return _Stream(answer, first, include_usage)
+            whole = JSONResponse(await answer.whole(request))
         except BaseException:
-            answer.cancel()
+            answer.close()
             raise
+        return whole
 
     return app
 
@@ -201,9 +221,11 @@ async def _body(request: Request, settings: ServerSettings) -> bytes:
 class _Answer:
     """One request's way through the scheduler, as the event loop sees it."""
 
-    def __init__(self, scheduler: Scheduler, prompted: Prompted, metrics: Metrics, id: str, model: str) -> None:
-        self._scheduler, self._metrics = scheduler, metrics
-        self._head = {"id": id, "created": int(time.time()), "model": model}
+    def __init__(
+        self, scheduler: Scheduler, prompted: Prompted, metrics: Metrics, model: str, on_over: Callable[[], None]
+    ) -> None:
+        self._scheduler, self._metrics, self._on_over = scheduler, metrics, on_over
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._copies, self._prompted = prompted.copies, prompted
         self._finishes = ["stop"] * prompted.copies
@@ -212,12 +234,21 @@ class _Answer:
 
         def listen(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
+            if not isinstance(event, Piece):
+                loop.call_soon_threadsafe(self._over)
 
+        self._is_over = False
         self._ticket = scheduler.submit(prompted, listen)
 
-    def cancel(self) -> None:
+    def _over(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._on_over()
+
+    def close(self) -> None:
         """Whoever waits for this has left, or has all of it."""
         self._scheduler.cancel(self._ticket)
+        self._over()
 
     async def _next(self) -> Piece | Report:
         event = await self._events.get()
@@ -284,8 +315,22 @@ class _Answer:
         except ApiError as error:
             self._metrics.failed(error.status)
             yield _sse(error.body())
+
+
+class _Stream(StreamingResponse):
+    """An answer as it comes. However the response ends, nobody waits for the answer then."""
+
+    def __init__(self, answer: _Answer, first: Piece | Report, include_usage: bool) -> None:
+        super().__init__(
+            answer.chunks(first, include_usage), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        self._answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
         finally:
-            self.cancel()
+            self._answer.close()
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

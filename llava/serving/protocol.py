@@ -13,11 +13,14 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llava.images import ImageError, decode_image, is_url, load_image
-from llava.inference import Checkpoint, GenerationOptions, Picture, Turn
+from llava.inference import Checkpoint, GenerationOptions, Turn
 from llava.pruning import Method
 from llava.utils import UserError
 
 from .request import ClosingError, QueueFullError, Request, RequestTimeoutError, WorkerDeadError
+
+CHARACTERS_A_TOKEN = 64
+"""Longer tokens are so rare that a prompt of many cannot fit."""
 
 
 class ApiError(Exception):
@@ -173,7 +176,7 @@ class Defaults:
         max_new_tokens: of requests without `max_tokens`.
         temperature: of requests without one.
         max_pictures: in one request.
-        max_pixels: of one picture.
+        max_pixels: of all pictures of one request together.
         picture_urls: whether pictures are downloaded: ``public`` (from public addresses alone), ``any``, ``off``.
         timeout: seconds for a request, its time in the queue included.
     """
@@ -182,7 +185,7 @@ class Defaults:
     max_new_tokens: int = 512
     temperature: float = 0.0
     max_pictures: int = 16
-    max_pixels: int = 25_000_000
+    max_pixels: int = 50_000_000
     picture_urls: str = "public"
     timeout: float = 600.0
 
@@ -198,11 +201,18 @@ def to_request(chat: ChatRequest, checkpoint: Checkpoint, defaults: Defaults) ->
     sources = sum(len(message.pictures) for message in messages)
     if sources > defaults.max_pictures:
         raise ApiError(400, f"{sources} pictures in one request; {defaults.max_pictures} are allowed", param="messages")
+    length, most = sum(len(message.text) for message in messages), CHARACTERS_A_TOKEN * checkpoint.context_len
+    if length > most:  # before a tokenizer spends seconds on it
+        raise ApiError(400, f"the messages have {length:,} characters; no more than {most:,} can fit", param="messages")
     turns: list[Turn] = []
+    pixels = defaults.max_pixels
     for message in messages:
         if message.role == "user":
-            pictures = [_picture(source, checkpoint, defaults) for source in message.pictures]
-            turns.append(Turn(message.text, pictures))
+            turns.append(Turn(message.text))
+            for source in message.pictures:
+                image = _open(source, defaults, pixels)
+                pixels -= image.width * image.height
+                turns[-1].pictures.append(checkpoint.read_picture(image))
         else:
             turns[-1].said = message.text
     temperature = defaults.temperature if chat.temperature is None else chat.temperature
@@ -277,11 +287,7 @@ def _messages(chat: ChatRequest) -> list[_Message]:
     return messages
 
 
-def _picture(source: str, checkpoint: Checkpoint, defaults: Defaults) -> Picture:
-    return checkpoint.read_picture(_open(source, defaults))
-
-
-def _open(source: str, defaults: Defaults) -> Image.Image:
+def _open(source: str, defaults: Defaults, max_pixels: int) -> Image.Image:
     if source[:5].lower() == "data:":
         head, comma, content = source[5:].partition(",")
         if not comma or not head.lower().endswith(";base64"):
@@ -290,9 +296,9 @@ def _open(source: str, defaults: Defaults) -> Image.Image:
             decoded = base64.b64decode(content, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ImageError(f"a picture's data URL holds broken base64: {error}") from error
-        return decode_image(decoded, "in the data URL", max_pixels=defaults.max_pixels)
+        return decode_image(decoded, "in the data URL", max_pixels=max_pixels)
     if not is_url(source):
         raise ImageError("a picture must be a data URL or an http(s) URL; files of the server are not read")
     if defaults.picture_urls == "off":
         raise ImageError("pictures are not downloaded here; send a data URL")
-    return load_image(source, max_pixels=defaults.max_pixels, only_public=defaults.picture_urls == "public")
+    return load_image(source, max_pixels=max_pixels, only_public=defaults.picture_urls == "public")

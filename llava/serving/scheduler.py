@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -300,19 +301,22 @@ class Scheduler:
             if len(jobs) == 1:
                 self._end(jobs[0], error)
                 return
-            # What the frames of the failed call hold is given back before the next.
-            error.__traceback__ = None
+            clear_frames(error.__traceback__)  # what they hold is given back before the next call
             for job in jobs:
                 self._prefill([job])
             return
+        again: list[_Job] = []
         for sample, job in enumerate(jobs):
             try:
-                self._begin(job, done, sample)
+                if not self._begin(job, done, sample):
+                    again.append(job)
             except Exception as error:
                 self._end(job, error)
+        with self._condition:  # their rows are known now, so they are asked again when there is room
+            self._waiting.extendleft(reversed(again))
 
-    def _begin(self, job: _Job, done: Prefilled, sample: int) -> None:
-        """First tokens of one prompt's answers; those that go on get a place."""
+    def _begin(self, job: _Job, done: Prefilled, sample: int) -> bool:
+        """First tokens of one prompt's answers; those that go on get a place. False: there is none now."""
         job.trace = done.traces[sample]
         self._forecast.correct(job.request, job.trace)
         rows = done.rows(sample) + job.limit * self._forecast.num_layers
@@ -323,9 +327,7 @@ class Scheduler:
                     f"the request needs {job.known_bytes / 2**20:,.0f} MiB for keys and values, and there are "
                     f"{self._budget / 2**20:,.0f}; ask for fewer tokens, pictures or answers, or prune more"
                 )
-            with self._condition:
-                self._waiting.appendleft(job)  # its rows are known now, so it is asked again when there is room
-            return
+            return False
         job.answers = self._engine.answers(job.request, done, sample, job.limit)
         job.open = len(job.answers)
         logits = done.logits[sample].expand(len(job.answers), -1)
@@ -333,6 +335,7 @@ class Scheduler:
             if self._accept(job, answer, token):
                 self._engine.place(answer, done, sample)
                 self._running.append((job, answer))
+        return True
 
     def _decode(self) -> None:
         """One token for every running answer; if that fails, one by one, so that only those fail which must."""
@@ -340,7 +343,7 @@ class Scheduler:
         try:
             self._advance(together)
         except Exception as error:
-            error.__traceback__ = None
+            clear_frames(error.__traceback__)
             for pair in together:
                 try:
                     self._advance([pair])
@@ -400,7 +403,7 @@ class Scheduler:
                 self._engine.release(answer)
         self._running = [(other, answer) for other, answer in self._running if other is not job]
         if error is not None:
-            error.__traceback__ = None  # its frames hold tensors
+            clear_frames(error.__traceback__)  # they hold tensors, and whoever asked may keep the error
             job.ticket.send(Failure(error))
 
     def _fail_all(self, error: Exception) -> None:
