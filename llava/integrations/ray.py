@@ -320,10 +320,10 @@ def _stay_on_loopback() -> None:
 
     Left alone that port is open on all addresses, and it takes pickles from whoever reaches it.
     """
-    from ray.serve._private import replica
+    from grpc.aio._server import Server
 
-    if bind := getattr(replica, "add_port_to_grpc_server", None):  # younger than the oldest Ray that we take
-        replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
+    bind = Server.add_insecure_port
+    Server.add_insecure_port = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 def _check_port(host: str, port: int) -> None:
