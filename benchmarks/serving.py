@@ -275,6 +275,7 @@ class Load:
 
 def run(setting: Setting, given: list[str]) -> Report:
     arguments = setting.arguments
+    arguments.batch = max(arguments.concurrency)  # names the files
     report = Report("serving", setting)
     names = arguments.variants or list(VARIANTS)
     loads: list[tuple[str, int | None, float | None]] = [

@@ -626,6 +626,6 @@ def test_pieces_and_failures_are_what_a_listener_gets(long_request, endless):
 
     with Scheduler(shipped()) as scheduler:
         scheduler.submit(Request(long_request.prompt, None, GenerationOptions(3)), listener)
-        assert over.wait(60)
+        assert over.wait(500)
     assert [type(event) for event in got] == [Piece, Piece, Piece, Report]
     assert not any(isinstance(event, Failure) for event in got)
