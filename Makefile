@@ -10,12 +10,13 @@ pip := $(python) -m pip install -qq --disable-pip-version-check
 # A process a core; more than eight wait for memory. A free one takes tests from a busy one.
 parallel := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo test test-rest test-all test-oldest notebooks lint format clean
+.PHONY: help demo test test-rest test-all test-oldest test-ray notebooks lint format clean
 
 help:
 	@echo "make demo    install into $(VENV) and ask the shipped model about a shipped picture, with pruning on"
 	@echo "make test    install what the tests need and run them, a few minutes on two cores"
 	@echo "make test-all    the same and what takes longer: training, all notebooks, the oldest transformers"
+	@echo "make test-ray    install Ray beside it, half a gigabyte, and test with it"
 	@echo "make notebooks   build and run the notebooks of visualization/ from their sources"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
@@ -45,6 +46,10 @@ test-all: test test-rest
 test-oldest: $(VENV)/installed-dev
 	sh scripts/test_oldest_transformers.sh $(python) $(parallel)
 
+# Ray in an environment of its own
+test-ray: $(VENV)-ray/installed
+	RAY_PYTHON=$(abspath $(VENV)-ray/bin/python) $(python) -m pytest tests/test_ray.py
+
 notebooks: $(VENV)/installed-dev
 	$(python) scripts/build_notebooks.py
 
@@ -58,7 +63,7 @@ format: $(VENV)/installed-dev
 	$(python) -m ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ray build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # The stamps make a second run start at once. torch is installed by itself first, in the pinned version:
 # a range would let pip take the newest build with several gigabytes of CUDA libraries.
@@ -78,3 +83,8 @@ $(VENV)/installed-dev: $(VENV)/torch pyproject.toml
 	@echo "Installing the project and what its tests need into $(VENV)"
 	$(pip) --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)-ray/installed: $(VENV)/installed-dev scripts/ray_environment.sh
+	@echo "Installing Ray into $(VENV)-ray"
+	sh scripts/ray_environment.sh $(VENV)-ray $(python)
+	@touch $@

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": INFERENCE,
     "calibrate": {"eval", *INFERENCE},
     "visualize": INFERENCE,
-    "integrations": INFERENCE,
+    "integrations": {"eval", "serve", "serving", *INFERENCE},
     "serving": INFERENCE,
     "serve": {"serving", "visualize", *INFERENCE},
 }

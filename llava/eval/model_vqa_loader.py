@@ -13,8 +13,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -40,11 +40,20 @@ from llava.eval.run_files import (
     write_identity,
 )
 from llava.eval.traces import trace_record
-from llava.inference import Answer, GenerationOptions, LoadedModel, LoadOptions, Responder, open_checkpoint
+from llava.inference import (
+    Answer,
+    Checkpoint,
+    GenerationOptions,
+    LoadedModel,
+    LoadOptions,
+    Responder,
+    open_checkpoint,
+)
 from llava.inference.processes import device_of, join_processes
 from llava.model import checkpoint as checkpoints
 from llava.model.builder import check_device, default_device, parse_dtype
 from llava.options import add_generation_options, add_model_options, from_arguments
+from llava.pruning import Method
 from llava.utils import UserError, run_main
 
 EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 130
@@ -55,7 +64,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of a run."""
     parser = _Parser(description="Answer a benchmark's question file with a LLaVA model, pruned or dense.")
     add_model_options(parser, required=True)
     parser.add_argument("--image-folder", required=True, help="folder that the question file's images are in")
@@ -84,27 +94,27 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     processes = join_processes()
-    stop = _StopRequest()
+    program = [sys.executable, "-m", "llava.eval.model_vqa_loader"]
+    if processes.num_processes > 1:
+        program = ["torchrun", f"--nproc-per-node={processes.num_processes}", *program[1:]]
+    return finish(Run(args, processes), [*program, *argv])
+
+
+def finish(run: Run, command: Sequence[str]) -> int:
+    """Run to the end, or until a signal; returns the exit status. `command` is what to type to go on."""
     try:
-        status = _Run(args, processes).run(stop)
+        status = run.run(_StopRequest())
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     if status == EXIT_INTERRUPTED:
-        if processes.is_main_process:
-            print(f"Interrupted. To go on:\n{_resume_command(argv, processes.num_processes)}", file=sys.stderr)
+        if run.processes.is_main_process:
+            again = shlex.join(argument for argument in command if argument != "--no-resume")
+            print(f"Interrupted. To go on:\n{again}", file=sys.stderr)
         return status
-    processes.destroy_process_group()
+    run.processes.destroy_process_group()
     return status
-
-
-def _resume_command(argv: Sequence[str], num_processes: int) -> str:
-    again = [argument for argument in argv if argument != "--no-resume"]
-    program = [sys.executable, "-m", "llava.eval.model_vqa_loader"]
-    if num_processes > 1:
-        program = ["torchrun", f"--nproc-per-node={num_processes}", *program[1:]]
-    return shlex.join([*program, *again])
 
 
 class _StopRequest:
@@ -134,7 +144,61 @@ class _StopRequest:
         tqdm.write("Stopping after this batch …", file=sys.stderr)
 
 
-class _Run:
+@dataclass(frozen=True)
+class AnsweredBatch:
+    """Some questions: those that were answered, and why the others could not be asked."""
+
+    answers: list[tuple[Question, Answer]] = field(default_factory=list)
+    failures: list[tuple[Question, str]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Questions, failed ones included."""
+        return len(self.answers) + len(self.failures)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked. Plain values, so that it can be sent to other processes.
+
+    Attributes:
+        place: where the model runs, and how.
+        config: prune with it; None: dense.
+        options: how answers are drawn.
+        seed: a batch is drawn with this plus the line of its first question.
+        batch_size: questions asked at once.
+        num_workers: see `prompt_batches`.
+    """
+
+    place: LoadOptions
+    config: Method | None
+    options: GenerationOptions
+    seed: int
+    batch_size: int
+    num_workers: int | None
+
+
+class Asker:
+    """A loaded model that answers a benchmark's questions in batches."""
+
+    def __init__(self, checkpoint: Checkpoint, how: Asking) -> None:
+        self.checkpoint, self.how = checkpoint, how
+        model = LoadedModel(checkpoint, how.place)
+        self.responder = Responder(model, how.config, how.options, how.batch_size)
+
+    def ask(self, questions: Sequence[Question], stop: _StopRequest | None = None) -> Iterator[AnsweredBatch]:
+        """Answers in order, batch by batch; once `stop` asks for it, no further batch."""
+        for batch in prompt_batches(questions, self.checkpoint, self.how.batch_size, self.how.num_workers):
+            if stop and stop.asked:
+                return
+            seeds = [self.how.seed + question.line for question in batch.questions]
+            answers = self.responder.answer(batch.prompts, seeds)
+            yield AnsweredBatch(list(zip(batch.questions, answers, strict=True)), batch.failures)
+            if stop and stop.asked:
+                return
+
+
+class Run:
     """One run of the program in one process. Everything that can be wrong is found before weights are read."""
 
     def __init__(self, args: argparse.Namespace, processes: PartialState) -> None:
@@ -147,7 +211,7 @@ class _Run:
                 raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
         if args.num_workers is not None and args.num_workers < 0:
             raise UserError(f"--num-workers is {args.num_workers}; it must be 0 or more")
-        self.device = str(check_device(device_of(processes, args.device) or default_device()))
+        self.device = self._device()
         dtype = parse_dtype(args.dtype or ("float32" if self.device == "cpu" else "float16"))
         self.dtype = str(dtype).removeprefix("torch.")
         self.questions = read_questions(args.question_file, args.image_folder)
@@ -250,33 +314,36 @@ class _Run:
             "transformers": transformers.__version__,
         }
 
+    def _device(self) -> str:
+        return str(check_device(device_of(self.processes, self.args.device) or default_device()))
+
     def _answer(self, mine: list[Question], answers: Any, traces: Any, stop: _StopRequest) -> int:
         if not mine:
             return 0
+        with stop, _Progress(len(mine), disable=not self.processes.is_main_process) as progress:
+            for batch in self._ask(mine, stop):
+                self.failures += batch.failures
+                if traces:
+                    traces.append(trace_record(*reply) for reply in batch.answers if reply[1].trace)
+                answers.append(answer_record(asked, reply.text, self.checkpoint.name) for asked, reply in batch.answers)
+                progress.update(batch.size, [answer for _, answer in batch.answers])
+        return EXIT_INTERRUPTED if stop.asked else 0
+
+    def _asking(self) -> Asking:
         args = self.args
         place = replace(from_arguments(LoadOptions, args), device=self.device, dtype=self.dtype)
-        responder = Responder(LoadedModel(self.checkpoint, place), self.config, self.options, args.batch_size)
-        progress = _Progress(len(mine), disable=not self.processes.is_main_process)
-        with stop, progress:
-            batches = prompt_batches(mine, self.checkpoint, args.batch_size, args.num_workers)
-            while not stop.asked:
-                batch = next(batches, None)
-                if batch is None or stop.asked:
-                    break
-                self.failures += batch.failures
-                seeds = [args.seed + question.line for question in batch.questions]
-                replies = list(zip(batch.questions, responder.answer(batch.prompts, seeds), strict=True))
-                if traces:
-                    traces.append(trace_record(*reply) for reply in replies if reply[1].trace)
-                answers.append(answer_record(asked, answer.text, self.checkpoint.name) for asked, answer in replies)
-                progress.update(batch.size, [answer for _, answer in replies])
-        if responder.batch_size < args.batch_size:
+        return Asking(place, self.config, self.options, args.seed, args.batch_size, args.num_workers)
+
+    def _ask(self, questions: list[Question], stop: _StopRequest) -> Iterator[AnsweredBatch]:
+        """Answers as they come, in any order."""
+        asker = Asker(self.checkpoint, self._asking())
+        yield from asker.ask(questions, stop)
+        if asker.responder.batch_size < self.args.batch_size:
             print(
                 f"Out of memory: process {self.processes.process_index} went on with batches of "
-                f"{responder.batch_size} instead of {args.batch_size}",
+                f"{asker.responder.batch_size} instead of {self.args.batch_size}",
                 file=sys.stderr,
             )
-        return EXIT_INTERRUPTED if stop.asked else 0
 
     def _end(self, asked: int, already: int) -> None:
         """Merge the parts, in one process, once all are done."""

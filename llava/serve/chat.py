@@ -10,12 +10,38 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
-from llava.inference import Answer, GenerationOptions, LoadedModel, Picture, Prompt, Turn
+from llava.inference import Answer, GenerationOptions, Picture, Prompt, Turn
 from llava.pruning import Method
+
+
+class ChatModel(Protocol):
+    """What a conversation needs of a model: a `LoadedModel`, or one that a server has (`llava.serve.remote`).
+
+    Attributes:
+        checkpoint: its `Checkpoint`, or what stands for it: `name`, `model_path`, `conv_mode`, `pruning_config`,
+            `read_picture`, and `encode`, which gives what `answer` takes.
+        placement: where it runs, for people.
+    """
+
+    checkpoint: Any
+
+    @property
+    def placement(self) -> str: ...
+
+    def answer(
+        self,
+        prompt: Any,
+        config: Any = None,
+        options: GenerationOptions | None = None,
+        on_text: Callable[[str], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> Answer: ...
+
+    def warm_up(self, prompt: Any, config: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +71,7 @@ class ChatSession:
         waiting: pictures that go with the next question.
     """
 
-    def __init__(self, model: LoadedModel, config: Method | None, options: GenerationOptions | None = None):
+    def __init__(self, model: ChatModel, config: Method | None, options: GenerationOptions | None = None):
         self.model = model
         self.config = config
         self.options = options or GenerationOptions()

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from llava.inference import Answer
+from llava.serve.remote import RemoteAnswer
 
 
 def describe(answer: Answer) -> str:
     """One line: what was pruned, what it saved, and how fast the answer came."""
     parts = [_pruning_in_words(answer)]
-    if answer.trace is not None and answer.visual_tokens and answer.config is not None and not answer.config.is_dense:
+    if answer.flops_saved and answer.visual_tokens and answer.config is not None and not answer.config.is_dense:
         saved = answer.flops_saved
         parts.append(f"FLOPs saved {saved['paper']:.1%} (paper), {saved['executed']:.1%} (executed)")
     parts.append(f"first token {_seconds(answer.clock.first_token)}")
@@ -26,8 +27,12 @@ def describe(answer: Answer) -> str:
 
 def _pruning_in_words(answer: Answer) -> str:
     config, trace, count = answer.config, answer.trace, answer.visual_tokens
+    if isinstance(answer, RemoteAnswer) and answer.usage is None:
+        return "no figures from the server"
     if not count:
         return "no picture in the conversation, nothing to prune"
+    if isinstance(answer, RemoteAnswer) and config is not None:
+        return f"kept {answer.kept} of {count} visual tokens"
     if config is None or trace is None or config.is_dense:
         return f"dense: all {count} visual tokens in every layer"
     return config.describe(trace)

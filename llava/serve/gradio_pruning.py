@@ -1,7 +1,8 @@
 """Chat about pictures in the browser, with visual tokens pruned (extra ``web``).
 
-``python -m llava.serve.gradio_pruning`` listens on this machine alone. What users type and what the model says is
-shown as text, never as HTML; pictures are uploaded or chosen from a folder, never fetched from a URL.
+``python -m llava.serve.gradio_pruning`` listens on this machine alone. With ``--server URL`` it loads no model and asks
+the server's, as others do. What users type and what the model says is shown as text, never as HTML; pictures are
+uploaded or chosen from a folder, never fetched from a URL.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import os
 import queue
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ from llava.model.recommended import PUBLISHED
 from llava.options import add_model_options, add_pruning_option, from_arguments
 from llava.pruning import Method, VisiPruner
 from llava.pruning.methods.visipruner import STAGES
-from llava.serve.chat import ChatSession
+from llava.serve.chat import ChatModel, ChatSession
 from llava.serve.describe import describe
+from llava.serve.remote import API_KEY_VARIABLE, RemoteConfig, RemoteModel
 from llava.utils import UserError, run_main
 from llava.visualize.draw import overlay_kept
 from llava.visualize.patches import kept_in_words, kept_rows, patch_maps
@@ -39,6 +42,7 @@ from llava.visualize.patches import kept_in_words, kept_rows, patch_maps
 MAX_UPLOAD = "20mb"
 MAX_PIXELS = 25_000_000
 MAX_QUESTION = 4_000
+MAX_REMOTE_ANSWERS = 32
 EXAMPLE_PICTURES = Path(__file__).parent.parent / "assets" / "images"
 RUNS = {"pruned": "Pruned", "dense": "Dense", "compare": "Compare both"}
 
@@ -69,12 +73,23 @@ class WebSession:
 
 
 class WebChat:
-    """What the page's controls do. Holds the model; everything of a user is in the `WebSession`."""
+    """What the page's controls do. Holds the model; everything of a user is in the `WebSession`.
 
-    def __init__(self, model: LoadedModel, examples: dict[str, Path]) -> None:
+    Attributes:
+        model: here, or a server's.
+        examples: pictures by name.
+        recommended: pruning config that the page begins with.
+    """
+
+    def __init__(self, model: ChatModel, examples: dict[str, Path]) -> None:
         self.model = model
         self.examples = examples
         self.recommended = model.checkpoint.pruning_config()
+
+    @property
+    def answers_at_once(self) -> int:
+        """A model here answers one after the other; a server has a queue of its own."""
+        return MAX_REMOTE_ANSWERS if isinstance(self.model, RemoteModel) else 1
 
     def new_session(self) -> WebSession:
         """For every page that opens."""
@@ -107,10 +122,12 @@ class WebChat:
         mid_deep_layer: float | None,
         max_new_tokens: float,
         temperature: float,
+        pruning: str = "",
     ) -> Iterator[tuple[WebSession, list[dict[str, str]], str, Any, str]]:
         """Answer a question. Yields session, messages, what stays in the question box, kept patches, status line.
 
-        After any error the conversation is as it was, and the question is back in its box.
+        A server's model has `pruning` (JSON; empty: the server's own) in place of the knobs. After any
+        error the conversation is as it was, and the question is back in its box.
         """
         session = session or self.new_session()
         before = list(session.messages)
@@ -120,7 +137,9 @@ class WebChat:
                 session,
                 question,
                 run,
-                self._config(run, stages, shallow_mid_layer, layer_threshold, tokens_threshold, mid_deep_layer),
+                self._config(
+                    run, stages, shallow_mid_layer, layer_threshold, tokens_threshold, mid_deep_layer, pruning
+                ),
                 GenerationOptions(max_new_tokens=int(max_new_tokens), temperature=float(temperature)),
             )
             names = ", ".join(picture.source for picture in session.chat.waiting)
@@ -151,9 +170,12 @@ class WebChat:
         layer_threshold: float | None,
         tokens_threshold: float | None,
         mid_deep_layer: float | None,
-    ) -> Method | None:
+        pruning: str,
+    ) -> Method | RemoteConfig | None:
         if run == "dense":
             return None
+        if isinstance(self.recommended, RemoteConfig):
+            return self.model.checkpoint.pruning_config(pruning)
         if not isinstance(self.recommended, VisiPruner):
             return self.recommended  # the page has controls for VisiPruner's knobs alone
         numbers = {
@@ -168,9 +190,7 @@ class WebChat:
         return self.model.checkpoint.pruning_config({**known, **given, "mode": list(stages)})
 
     @staticmethod
-    def _prepare(
-        session: WebSession, question: str, run: str, config: Method | None, options: GenerationOptions
-    ) -> None:
+    def _prepare(session: WebSession, question: str, run: str, config: Any, options: GenerationOptions) -> None:
         if run not in RUNS:
             raise UserError(f"{run!r} is no way to run; choose one of {', '.join(RUNS)}")
         if not question.strip():
@@ -302,9 +322,16 @@ def build_page(web: WebChat) -> gr.Blocks:
                     clear = gr.Button("New conversation", elem_id="clear")
                 run = gr.Radio([(name, key) for key, name in RUNS.items()], value="pruned", label="Run", elem_id="run")
                 with gr.Accordion("Pruning and decoding", open=False):
-                    is_ours = isinstance(config, VisiPruner)
+                    is_ours, is_remote = isinstance(config, VisiPruner), isinstance(config, RemoteConfig)
                     knobs = config if isinstance(config, VisiPruner) else PUBLISHED
-                    if not is_ours:
+                    pruning = gr.Textbox(
+                        json.dumps(config.to_dict()) if is_remote and config.settings is not None else "",
+                        label="Pruning config (JSON; empty: as the server is set)",
+                        max_length=MAX_QUESTION,
+                        visible=is_remote,
+                        elem_id="pruning",
+                    )
+                    if not is_ours and not is_remote:
                         gr.Markdown(f"Method: `{json.dumps(config.to_dict())}`")
                     stages = gr.CheckboxGroup(
                         list(STAGES), value=list(knobs.mode), label="Stages (mode)", visible=is_ours
@@ -320,11 +347,12 @@ def build_page(web: WebChat) -> gr.Blocks:
                         temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature (0: greedy)")
 
         numbers = [stages, shallow_mid_layer, layer_threshold, tokens_threshold, mid_deep_layer]
-        inputs = [session, question, run, *numbers, max_new_tokens, temperature]
+        inputs = [session, question, run, *numbers, max_new_tokens, temperature, pruning]
         outputs = [session, messages, question, kept, status]
         page.load(web.new_session, None, session, show_progress="hidden")
-        # One answer at a time; everyone else waits in line.
-        gr.on([send.click, question.submit], web.ask, inputs, outputs, concurrency_limit=1, show_progress="hidden")
+        # Everyone else waits in line.
+        asked = [send.click, question.submit]
+        gr.on(asked, web.ask, inputs, outputs, concurrency_limit=web.answers_at_once, show_progress="hidden")
 
         def upload_changed(state: WebSession | None, path: str | None) -> tuple[WebSession, Any, str]:
             return web.take_picture(state, path)
@@ -392,20 +420,41 @@ def launch(web: WebChat, host: str, port: int, *, share: bool = False, block: bo
     return page
 
 
+def _text_of(given: str | None) -> str | None:
+    """A config from the command line, its file read where it names one."""
+    if given is None or not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--pruning-config {given}: the file cannot be read") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Raises `UserError` on bad input, before weights are read where possible."""
     parser = argparse.ArgumentParser(description="Chat about pictures in the browser, with visual tokens pruned.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--share", action="store_true", help="publish the page through gradio's servers")
+    parser.add_argument(
+        "--server", metavar="URL", help="ask the model of a server, such as python -m llava.serve.api, and load none"
+    )
+    parser.add_argument("--api-key", help=f"the server's (default: ${API_KEY_VARIABLE}, which `ps` does not show)")
     add_pruning_option(parser)
     add_model_options(parser)
     args = parser.parse_args(argv)
     if not 0 < args.port < 65536:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")
-    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = checkpoint.pruning_config(args.pruning_config)
-    model = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
+    if args.server is not None:
+        for name in ("model_path", "model_base", "conv_mode", *(each.name for each in fields(LoadOptions))):
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--server and --{name.replace('_', '-')} exclude each other: the server has the model")
+        model: ChatModel = RemoteModel(args.server, args.api_key or os.environ.get(API_KEY_VARIABLE))
+        config = model.checkpoint.pruning_config(_text_of(args.pruning_config))
+    else:
+        checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
+        config = checkpoint.pruning_config(args.pruning_config)
+        model = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     web = WebChat(model, example_pictures())
     web.recommended = config
     launch(web, args.host, args.port, share=args.share)
