@@ -134,7 +134,7 @@ def test_every_family(name):
     for number, prompt in enumerate(prompts):
         inputs = family.inputs(prompt)
         rows = inputs["input_ids"].shape[1]
-        as_prompt = SimpleNamespace(inputs=inputs, num_rows=rows, num_visual=0)
+        as_prompt = SimpleNamespace(inputs=inputs, num_rows=rows, num_visual=0, question=None)
         requests.append(Request(as_prompt, method if number % 2 == 0 else None, GenerationOptions(9 - number)))
     with Scheduler(FamilyAsLoaded(name), Limits(prefill_rows=1)) as scheduler:
         tickets = [scheduler.submit(request) for request in requests]
