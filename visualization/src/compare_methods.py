@@ -13,7 +13,7 @@
 # **What to look for**: whose frames lie on the text, and who can read it. Frames on the text are not enough.
 #
 # One question is an example and no benchmark. This one was taken because choosing matters here: neither random patches
-# nor pooled ones can answer it. On `scene_2.png`, VisiPruner misreads and random patches do not.
+# nor pooled ones can answer it. On `scene_2.png`, random patches are enough.
 # [docs/methods.md](../docs/methods.md#on-the-shipped-model) has the same methods on 1,090 questions.
 #
 # The figures below come from the small model that ships with this project. Change the parameter cell to look at another
