@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.compare import interval_of
 from llava.eval.compare_page import DENSE
 from llava.eval.files import read_answers, read_json
-from llava.eval.verdicts import difference_interval
+from llava.eval.verdicts import difference_interval, interval_of
 from llava.utils import UserError, run_main, write_whole
 
 DOCS = Path(__file__).parent.parent / "docs"

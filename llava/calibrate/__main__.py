@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import platform
 import shutil
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.calibrate.goal import Goal
-from llava.eval.files import move_aside, read_json
+from llava.eval.files import move_aside, read_json, to_json
 from llava.options import add_model_options, from_arguments
 from llava.utils import UserError, processor_name, run_main, write_whole
 
@@ -57,7 +56,7 @@ def work_folder(out: Path, settings: dict[str, Any]) -> Path:
                 f"settings, give another -o, or delete {work}"
             )
         return work
-    write_whole(file, json.dumps(settings, indent=2) + "\n")
+    write_whole(file, to_json(settings))
     return work
 
 

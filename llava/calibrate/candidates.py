@@ -18,7 +18,7 @@ from llava.calibrate.measure import Measures, contribution_order
 from llava.eval.budgets import RULES, Budget, method_for
 from llava.pruning import Method, PruningTrace, VisiPruner
 from llava.pruning.decisions import Cause
-from llava.pruning.flops import DecoderShape, executed_flops, note_dense
+from llava.pruning.flops import DecoderShape, dense_trace, executed_flops
 from llava.pruning.methods import VTW, ShortV
 from llava.pruning.trace import Decision
 from llava.utils import UserError
@@ -127,8 +127,7 @@ def saving_of(trace: PruningTrace, shape: DecoderShape, updated: Sequence[int] =
     trace.updated_rows_per_layer = list(updated) or trace.rows_per_layer
     asked = zip(trace.updated_rows_per_layer, trace.rows_per_layer, strict=True)
     trace.score_pairs = trace.value_pairs = [shape.num_heads * asking * there for asking, there in asked]
-    dense = note_dense(PruningTrace(trace.num_rows, trace.visual_positions), shape.num_layers, shape.num_heads)
-    return 1 - executed_flops(trace, shape) / executed_flops(dense, shape)
+    return 1 - executed_flops(trace, shape) / executed_flops(dense_trace(trace, shape), shape)
 
 
 # --- families of configs ---
@@ -217,7 +216,7 @@ def frozen_candidates(recording: Recording) -> list[Candidate]:
     shape = recording.shape
     order = contribution_order(np.stack([each.frozen for each in recording.measures]))
     candidates = []
-    for count in range(1, shape.num_layers + 1):
+    for count in range(1, len(order) + 1):
         frozen = sorted(recording.first_layer + layer for layer in order[:count])
         savings = []
         for each in recording.measures:
@@ -226,8 +225,6 @@ def frozen_candidates(recording: Recording) -> list[Candidate]:
             updated = [trace.num_rows - trace.num_visual * (layer in frozen) for layer in range(shape.num_layers)]
             savings.append(saving_of(trace, shape, updated))
         candidates.append(Candidate(ShortV(tuple(frozen)), float(np.mean(savings))))
-        if count == len(order):
-            break
     return candidates
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from statistics import NormalDist
 
 import numpy as np
 
+from llava.eval.verdicts import DRAWS, interval_of
 from llava.pruning import Method
 from llava.utils import UserError
-
-RESAMPLINGS = 2000
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Figure:
         """`groups`: of each value, the number of its picture."""
         sums, counts = np.bincount(groups, values), np.bincount(groups)
         sums, counts = sums[counts > 0], counts[counts > 0]
-        drawn = np.random.default_rng(seed).integers(len(sums), size=(RESAMPLINGS, len(sums)))
+        drawn = np.random.default_rng(seed).integers(len(sums), size=(DRAWS, len(sums)))
         means = sums[drawn].sum(1) / counts[drawn].sum(1)
         low, high = np.quantile(means, (0.025, 0.975))
         return cls(float(np.mean(values)), float(low), float(high))
@@ -39,8 +37,7 @@ class Figure:
         a picture."""
         if 0 < sum(values) < len(values):
             return cls.of(values, groups, seed)
-        bound = 1 / (1 + NormalDist().inv_cdf(0.975) ** 2 / len(set(groups)))
-        return cls(1.0, bound, 1.0) if values[0] else cls(0.0, 0.0, 1 - bound)
+        return cls(float(values[0]), *interval_of([bool(values[0])] * len(set(groups))))
 
     @property
     def error(self) -> float:

@@ -140,9 +140,8 @@ def table(found: Calibration) -> str:
         for half, result in [*(("to choose on", result) for result in family.results), *held_out]:
             figures = [result.saved, result.agreement, result.divergence, result.tokens]
             values = [value for each in figures for value in (each.mean, each.low, each.high)]
-            config = to_json(result.method.to_dict()).replace("\n", " ").strip()
             times = [result.milliseconds, result.time_ratio]
-            writer.writerow([family.name, " ".join(config.split()), half, result.n, *values, *times])
+            writer.writerow([family.name, key_of(result.method), half, result.n, *values, *times])
     return stream.getvalue()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.files import inside, read_json, read_jsonl
+from llava.eval.files import inside, read_json, read_jsonl, sha256_of
 from llava.utils import UserError
 
 BUILT_IN = (
@@ -72,19 +72,19 @@ def halves(samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
     groups = list(dict.fromkeys(sample.group for sample in samples))
     first = set(groups[: (len(groups) + 1) // 2])
     chosen = [number for number, sample in enumerate(samples) if sample.group in first]
-    return chosen, [number for number in range(len(samples)) if number not in set(chosen)]
+    return chosen, [number for number, sample in enumerate(samples) if sample.group not in first]
 
 
 def hash_of(samples: Sequence[Sample]) -> str:
     """SHA-256 over all questions and the bytes of their pictures, in order."""
     digest = hashlib.sha256()
-    files: dict[Path, bytes] = {}
+    files: dict[Path, str] = {}
     for sample in samples:
         digest.update(json.dumps(sample.question).encode())
         for path in sample.pictures:
             if path not in files:
-                files[path] = hashlib.sha256(path.read_bytes()).digest()
-            digest.update(files[path])
+                files[path] = sha256_of(path)
+            digest.update(files[path].encode())
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ from llava.calibrate.candidates import (
 from llava.calibrate.goal import Goal, Result
 from llava.calibrate.measure import Measures, Wanted, measure
 from llava.calibrate.runs import Runs
+from llava.eval import budgets
 from llava.inference import LoadedModel, Prompt
 from llava.pruning import VisiPruner
 from llava.pruning.families import adapter_for
@@ -245,12 +246,10 @@ def check_methods(text: str) -> list[str]:
     Raises:
         UserError: one that cannot be calibrated.
     """
-    from llava.eval.budgets import check_methods as check_names
-
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == ["all"]:
         return list(METHODS)
     if not names:
         raise UserError(f"--method {text!r}: names of methods are needed, like visipruner,fastv, or all")
-    check_names([name for name in names if name not in METHODS])
+    budgets.check_methods([name for name in names if name not in METHODS])
     return list(dict.fromkeys(names))

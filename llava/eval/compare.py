@@ -40,7 +40,7 @@ from llava.eval.questions import Question, read_questions
 from llava.eval.run_files import answer_record
 from llava.eval.scoring import Scores, mean, show
 from llava.eval.traces import PruningSummary, trace_record
-from llava.eval.verdicts import Verdicts, difference_interval
+from llava.eval.verdicts import Verdicts, difference_interval, interval_of
 from llava.inference import (
     Answer,
     Checkpoint,
@@ -161,15 +161,6 @@ def first_token_over_dense(contender: Contender, dense: Contender, clock: str) -
         return None
     ratios = [getattr(a, clock) / getattr(b, clock) for a, b in zip(own, other, strict=True) if getattr(b, clock)]
     return statistics.median(ratios) if ratios else None
-
-
-def interval_of(same: Sequence[bool]) -> list[float]:
-    """95 % interval of a share (Wilson's), which is one of positive length even where all agree."""
-    z, count = statistics.NormalDist().inv_cdf(0.975), len(same)
-    share, shrunk = sum(same) / count, 1 + z**2 / count
-    centre = (share + z**2 / (2 * count)) / shrunk
-    half = z / shrunk * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
-    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def score_difference(scores: Scores, verdicts: Verdicts, dense: Verdicts) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -82,3 +83,12 @@ def difference_interval(
     edges = 50 * (1 - level), 50 * (1 + level)
     low, high = np.percentile(np.concatenate(differences), edges)
     return float(low), float(high)
+
+
+def interval_of(same: Sequence[bool]) -> list[float]:
+    """95 % interval of a share (Wilson's), which is one of positive length even where all agree."""
+    z, count = NormalDist().inv_cdf(0.975), len(same)
+    share, shrunk = sum(same) / count, 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / shrunk
+    half = z / shrunk * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
+    return [max(0.0, centre - half), min(1.0, centre + half)]
