@@ -62,7 +62,7 @@ class Setting:
         self.clocks = ("wall", "cpu") if self.device.type == "cpu" else ("wall",)
 
     def to_dict(self) -> dict[str, Any]:
-        known = {key: value for key, value in vars(self.arguments).items() if isinstance(value, int | str)}
+        known = {key: value for key, value in vars(self.arguments).items() if isinstance(value, int | str | list)}
         return known | {"dtype": str(self.dtype).removeprefix("torch."), "schedule": asdict(self.schedule)}
 
 

@@ -1,7 +1,7 @@
 """Load test of a running server with OpenAI's own client: dense and pruned, one at a time and batched, in turns.
 
 The server is a process of its own (`llava.serving`, weights random, decisions forced, answers of exactly `--tokens`
-tokens) that answers at two addresses with the same weights: one request at a time, and batched. A closed loop keeps
+tokens) that answers at several addresses with the same weights: one request at a time, and batched. A closed loop keeps
 `--concurrency` requests on the way; with `--rates` an open loop sends so many a second, whether answers come or not.
 Vision tower, picture processing, HTTP and tokenizer are in every figure.
 """
@@ -43,13 +43,22 @@ from .shapes import CLIP_TINY, Shape
 from .timing import Timings
 
 NAME = "random"
-VARIANTS = {
-    "dense, one at a time": ("alone", False),
-    "dense, batched": ("batched", False),
-    "pruned, one at a time": ("alone", True),
-    "pruned, batched": ("batched", True),
-}
-BASE = "dense, one at a time"
+MAX_RUNNING = 16
+"""Answers that are written together, unless a closed loop says how many."""
+
+
+def variants(budgets: list[int]) -> dict[str, tuple[str, bool]]:
+    """For each variant's name, in the table's order, the server's address and whether requests are pruned."""
+    return {
+        f"{kind}, {way}": (way, kind == "pruned")
+        for kind in ("dense", "pruned")
+        for way in ("one at a time", *batched(budgets))
+    }
+
+
+def batched(budgets: list[int]) -> dict[str, int]:
+    """The batched servers and their row budgets; one says so in its name where there are several."""
+    return {"batched" if len(budgets) == 1 else f"batched by {rows} rows": rows for rows in budgets}
 
 
 # -- the server ------------------------------------------------------------------------------------------------------
@@ -107,7 +116,7 @@ class RandomCheckpoint(LlavaCheckpoint):
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Answer at two sockets until killed; prints their ports."""
+    """Answer at a socket for each way until killed; prints their ports."""
     import uvicorn
 
     from llava.serving.app import ServerSettings, build_app
@@ -119,10 +128,10 @@ def serve(arguments: argparse.Namespace) -> None:
     model = LoadedModel(checkpoint, LoadOptions(arguments.device, arguments.dtype or "float32"))
     ports = {}
     settings = ServerSettings(NAME, defaults=Defaults(timeout=36_000))
-    for way, limits in (
-        ("alone", Limits(1, 4096, 1)),
-        ("batched", Limits(max(arguments.concurrency), 4096, arguments.prefill_rows)),
-    ):
+    ways = {"one at a time": Limits(1, 4096, 1)}
+    running = max(arguments.concurrency, default=MAX_RUNNING)
+    ways |= {way: Limits(running, 4096, rows) for way, rows in batched(arguments.prefill_rows).items()}
+    for way, limits in ways.items():
         app = build_app(Scheduler(model, limits), settings)
         listening = socket.create_server(("127.0.0.1", 0))
         ports[way] = listening.getsockname()[1]
@@ -180,6 +189,7 @@ class Measured:
         for name, values in (("first_token", self.first), ("between_tokens", self.between)):
             median, p95 = np.percentile(values, [50, 95])
             row |= {f"{name}_median_s": float(median), f"{name}_p95_s": float(p95)}
+        row["between_tokens_max_s"] = max(self.between)
         return row | {"kv_peak_MB": self.kv_bytes / 1e6, "memory_peak_MB": self.memory / 1e6}
 
 
@@ -275,16 +285,17 @@ class Load:
 
 def run(setting: Setting, given: list[str]) -> Report:
     arguments = setting.arguments
-    arguments.batch = max(arguments.concurrency)  # names the files
+    arguments.batch = max(arguments.concurrency, default=MAX_RUNNING)  # names the files
     report = Report("serving", setting)
-    names = arguments.variants or list(VARIANTS)
+    known = variants(arguments.prefill_rows)
+    names = arguments.variants or list(known)
     loads: list[tuple[str, int | None, float | None]] = [
         (f"closed loop, {concurrency} at a time", concurrency, None) for concurrency in arguments.concurrency
     ]
     loads += [(f"open loop, {rate:g} requests/s", None, rate) for rate in arguments.rates]
     measured = {(title, name): Measured() for title, _, _ in loads for name in names}
     with running(setting, given) as (process, urls):
-        asking = {name: Load(setting, urls[VARIANTS[name][0]], process, VARIANTS[name][1]) for name in names}
+        asking = {name: Load(setting, urls[known[name][0]], process, known[name][1]) for name in names}
         for name in names:
             asyncio.run(asking[name].run(Measured(), arguments.warmup, 1, None))
         for turn in range(arguments.repetitions):
@@ -312,11 +323,11 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.set_defaults(repetitions=3, warmup=1)
     add = arguments.add_argument
-    add("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16], help="requests on the way, closed loop")
+    add("--concurrency", type=int, nargs="*", default=[1, 4, 8, 16], help="requests on the way, closed loop")
     add("--rates", type=float, nargs="*", default=[], help="requests a second, open loop")
     add("--requests", type=int, default=16, help="in a turn, at least as many as are on the way")
     add("--tokens", type=int, default=64, help="new tokens of each answer")
-    add("--prefill-rows", type=int, default=2048, help="row budget of the batched server's prefills")
+    add("--prefill-rows", type=int, nargs="+", default=[2048], help="row budgets of prefills; one batched server each")
     add("--tiny-tower", action="store_true", help="a vision tower that takes no time")
     add("--serve", type=Path, default=None, help=argparse.SUPPRESS)
     given = list(sys.argv[1:] if argv is None else argv)
