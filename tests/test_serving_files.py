@@ -44,7 +44,7 @@ def test_the_dockerfile_is_hadolint_clean():
 def test_the_compose_file_starts_what_there_is():
     compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text(encoding="utf-8"))
     service = compose["services"]["visipruner"]
-    args = api._arguments(service["command"])
+    args = api.parse_arguments(service["command"])
     assert (ROOT / "docker" / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
     assert int(service["stop_grace_period"].removesuffix("s")) > args.shutdown_timeout
     assert service["ports"] == [f"127.0.0.1:{args.port}:{args.port}"]

@@ -12,7 +12,6 @@ import logging
 import os
 import pickle
 import signal
-import socket
 import sys
 import threading
 import warnings
@@ -203,13 +202,10 @@ class _Actor:
 def serve(argv: Sequence[str]) -> int:
     """`llava.serve.api` with replicas of the model behind one address, until a signal ends it."""
     args = _serve_arguments(argv)
-    keys = api._keys(args.api_key_file)
-    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = None if args.dense else checkpoint.pruning_config(args.pruning_config)
     place = replace(from_arguments(LoadOptions, args), device=_device(args))
-    limits, settings = api._limits(args), api._settings(args, keys, config)
+    plan = api.Plan.of(args)
     if args.ray_address is None:
-        _check_port(args.host, args.port)
+        api.check_port(args.host, args.port)
     with _ray(args.ray_address) as ray, _Signals() as told_to_stop:
         _check_room(ray, args, args.replicas)
         from ray import serve as ray_serve
@@ -223,12 +219,8 @@ def serve(argv: Sequence[str]) -> int:
             logging_config=quiet,
         )
         try:
-            model = (args.model_path, args.model_base, args.conv_mode)
-            ray_serve.run(_application(args, model, place, limits, settings), name=_NAME, logging_config=quiet)
-            name = settings.model_name or checkpoint.name
-            print(f"{name} on http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
-            if not keys and not api._is_loopback(args.host):
-                print("warning: everybody who reaches this address may use it; give --api-key-file", file=sys.stderr)
+            ray_serve.run(_application(args, place, plan), name=_NAME, logging_config=quiet)
+            plan.announce(args.host, args.port, f"replicas on {place.device}")
             told_to_stop.wait()
         except RuntimeError as error:
             raise UserError(f"Ray Serve could not start the replicas: {error}") from error
@@ -255,7 +247,7 @@ def _serve_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="requests of one replica, on average, before there are more replicas (default: --max-running)",
     )
     ours, rest = parser.parse_known_args(argv)
-    args = argparse.Namespace(**vars(api._arguments(rest)), **vars(ours))
+    args = argparse.Namespace(**vars(api.parse_arguments(rest)), **vars(ours))
     if args.max_replicas is None:
         args.max_replicas = args.replicas
     if not 1 <= args.replicas <= args.max_replicas:
@@ -269,13 +261,13 @@ def _serve_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _application(
-    args: argparse.Namespace, model: tuple[str, str | None, str | None], place: LoadOptions, limits: Any, settings: Any
-) -> Any:
+def _application(args: argparse.Namespace, place: LoadOptions, plan: api.Plan) -> Any:
     """The Ray Serve application: the API of `llava.serving.app`, built anew in every replica."""
     from ray import serve as ray_serve
 
     is_local = args.ray_address is None
+    model = (args.model_path, args.model_base, args.conv_mode)
+    limits, settings = plan.limits, plan.settings
 
     def build() -> Any:
         from llava.serving import Scheduler
@@ -324,13 +316,6 @@ def _stay_on_loopback() -> None:
 
     bind = Server.add_insecure_port
     Server.add_insecure_port = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
 
 
 class _Signals:

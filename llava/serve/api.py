@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import signal
+import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,14 @@ from llava.options import add_model_options, add_pruning_option, from_arguments
 from llava.utils import UserError, run_main
 
 if TYPE_CHECKING:
-    from llava.pruning import Method
+    from llava.inference import Checkpoint
+    from llava.serving import Limits
+    from llava.serving.app import ServerSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; returns its exit code."""
-    args = _arguments(argv)
+    args = parse_arguments(argv)
     try:
         import uvicorn
 
@@ -32,16 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"the server needs {missing.name}; install the extra: pip install 'llava-visipruner[serve]'"
         ) from missing
     # Here, because torch and transformers take seconds to import, and --help or a wrong option should not.
-    from llava.inference import LoadedModel, LoadOptions, open_checkpoint
+    from llava.inference import LoadedModel, LoadOptions
     from llava.serving import Scheduler
 
-    keys = _keys(args.api_key_file)
-    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = None if args.dense else checkpoint.pruning_config(args.pruning_config)
-    limits, settings = _limits(args), _settings(args, keys, config)
-    model = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
-    with Scheduler(model, limits) as scheduler:
-        app = build_app(scheduler, settings)
+    plan = Plan.of(args)
+    check_port(args.host, args.port)
+    model = LoadedModel(plan.checkpoint, from_arguments(LoadOptions, args))
+    with Scheduler(model, plan.limits) as scheduler:
+        app = build_app(scheduler, plan.settings)
 
         class Server(uvicorn.Server):
             def handle_exit(self, sig: int, frame: Any) -> None:
@@ -51,10 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     self.force_exit = True
                 self.should_exit = True
 
-        name = settings.model_name or checkpoint.name
-        print(f"{name} ({model.placement}) on http://{args.host}:{args.port}/v1", file=sys.stderr, flush=True)
-        if not keys and not _is_loopback(args.host):
-            print("warning: everybody who reaches this address may use it; give --api-key-file", file=sys.stderr)
+        plan.announce(args.host, args.port, str(model.placement))
         server = Server(
             uvicorn.Config(
                 app,
@@ -72,7 +71,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if server.started else 1
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks to be served, checked before any weights are read."""
+
+    checkpoint: Checkpoint
+    limits: Limits
+    settings: ServerSettings
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Plan:
+        """From `parse_arguments`. Raises `UserError` for what cannot be."""
+        from llava.inference import GenerationOptions, open_checkpoint
+        from llava.serving import Limits
+        from llava.serving.app import ServerSettings
+        from llava.serving.protocol import Defaults
+
+        for name in ("max_pictures", "max_pixels", "max_body_mb", "timeout", "shutdown_timeout", "port", "kv_memory"):
+            value = getattr(args, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be greater than 0")
+        options = GenerationOptions(args.max_tokens, args.temperature)
+        kv_bytes = None if args.kv_memory is None else int(args.kv_memory * 2**30)
+        limits = Limits(args.max_running, args.max_waiting, args.prefill_rows, kv_bytes)
+        keys = _keys(args.api_key_file)
+        checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
+        settings = ServerSettings(
+            args.served_model_name,
+            keys,
+            int(args.max_body_mb * 2**20),
+            max_held_pixels=args.max_held_pixels,
+            defaults=Defaults(
+                None if args.dense else checkpoint.pruning_config(args.pruning_config),
+                options.max_new_tokens,
+                options.temperature,
+                args.max_pictures,
+                args.max_pixels,
+                args.picture_urls,
+                args.timeout,
+            ),
+        )
+        return cls(checkpoint, limits, settings)
+
+    def announce(self, host: str, port: int, where: str) -> None:
+        """Say on stderr what is served at which address, and whether everybody may ask."""
+        name = self.settings.model_name or self.checkpoint.name
+        shown = f"[{host}]" if ":" in host else host
+        print(f"{name} ({where}) on http://{shown}:{port}/v1", file=sys.stderr, flush=True)
+        if not self.settings.api_keys and not _is_loopback(host):
+            print("warning: everybody who reaches this address may use it; give --api-key-file", file=sys.stderr)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `UserError` if nobody can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of this program. Wrong ones end it, as argparse does."""
     parser = argparse.ArgumentParser(
         prog="python -m llava.serve.api",
         description="Serve a vision-language model to OpenAI's clients, with visual tokens pruned.",
@@ -123,39 +184,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.dense and args.pruning_config is not None:
         parser.error("--dense and --pruning-config exclude each other")
     return args
-
-
-def _limits(args: argparse.Namespace) -> Any:
-    from llava.serving import Limits
-
-    kv_bytes = None if args.kv_memory is None else int(args.kv_memory * 2**30)
-    return Limits(args.max_running, args.max_waiting, args.prefill_rows, kv_bytes)
-
-
-def _settings(args: argparse.Namespace, keys: Sequence[str], config: Method | None) -> Any:
-    from llava.inference import GenerationOptions
-    from llava.serving.app import ServerSettings
-    from llava.serving.protocol import Defaults
-
-    options = GenerationOptions(args.max_tokens, args.temperature)  # checks them
-    for name in ("max_pictures", "max_pixels", "timeout", "shutdown_timeout", "port"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be greater than 0")
-    return ServerSettings(
-        args.served_model_name,
-        keys,
-        int(args.max_body_mb * 2**20),
-        max_held_pixels=args.max_held_pixels,
-        defaults=Defaults(
-            config,
-            options.max_new_tokens,
-            options.temperature,
-            args.max_pictures,
-            args.max_pixels,
-            args.picture_urls,
-            args.timeout,
-        ),
-    )
 
 
 def _keys(file: Path | None) -> list[str]:
