@@ -238,6 +238,27 @@ def test_a_stop_string_ends_an_answer(server):
         assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_a_temperature_too_small_to_divide_by_is_greedy(server, temperature):
+    answer = server.ask(with_pictures("What is this?", data_url(IMAGES[0])), temperature=temperature, top_p=1e-300)
+    assert answer.choices[0].message.content == expected("What is this?", 0).text
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"messages": [{"role": "user", "content": "a\0b\u202e\ufeff</s><unk>"}]},
+        {"max_tokens": 2**70},
+        {"stop": ["a"] * 16},
+        {"stop": ["\0", "🙂"], "stream": True, "n": 3},
+        {"metadata": {"a": [{"b": None}]}, "user": "\0" * 10_000},
+    ],
+    ids=["characters", "max_tokens", "stops", "streams", "metadata"],
+)
+def test_what_is_odd_and_harmless_is_answered(server, odd):
+    assert server.post(**odd).status_code == 200
+
+
 def test_max_tokens_end_with_length(server, endless):
     answer = server.ask(max_tokens=3)
     assert answer.choices[0].message.content == "xxx"
@@ -365,6 +386,9 @@ BAD_PICTURES = {
     "a private network": "http://10.0.0.1/a.png",
     "a user in front": "http://example.com@127.0.0.1:{port}/a.png",
     "an unknown name": "http://no-such-host.invalid/a.png",
+    "a name of a million letters": f"http://{'a' * 1_000_000}/a.png",
+    "NUL in a name": "http://exam\0ple.com/a.png",
+    "no name": "http:///a.png",
 }
 BAD_BODIES = {
     "empty": b"",
@@ -373,6 +397,11 @@ BAD_BODIES = {
     "null": b"null",
     "no UTF-8": b'{"model": "\xff\xfe"}',
     "nested": b'{"messages":' + b"[" * 100_000,
+    "millions of values": b'{"model":"tiny","messages":[' + b"1," * 2_000_000 + b"1]}",
+    "half a character": b'{"model":"tiny","messages":[{"role":"user","content":"\\ud800"}]}',
+    "temperature NaN": b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"temperature":NaN}',
+    "keep Infinity": b'{"model":"tiny","messages":[{"role":"user","content":"a"}],'
+    b'"pruning":{"method":"fastv","layer":2,"keep":Infinity}}',
     "a huge number": b'{"model":"tiny","messages":[{"role":"user","content":"a"}],"max_tokens":' + b"9" * 5000 + b"}",
 }
 BAD_FIELDS = {
@@ -387,10 +416,14 @@ BAD_FIELDS = {
     "too many pictures": {"messages": with_pictures("What?", *[data_url(IMAGES[0])] * 5)},
     "an unknown part": {"messages": [{"role": "user", "content": [{"type": "video_url"}, QUESTION]}]},
     "a placeholder in text": {"messages": [{"role": "user", "content": "<image> <image> what?"}]},
+    "a placeholder in an answer": {"messages": [*PROMPT, {"role": "assistant", "content": "<image>"}, *PROMPT]},
+    "10,001 messages": {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a"} for n in range(10_001)]},
+    "the same picture 200 times": {"messages": with_pictures("What?", *[data_url(IMAGES[0])] * 200)},
     "an endless prompt": {"messages": [{"role": "user", "content": "a b " * 3_000_000}]},
     "a prompt longer than the context": {"messages": [{"role": "user", "content": "a b " * 2_000}]},
     "max_tokens 0": {"max_tokens": 0},
     "max_tokens -1": {"max_tokens": -1},
+    "max_tokens beneath every integer": {"max_tokens": -(2**70)},
     "temperature": {"temperature": 3},
     "temperature NaN": {"temperature": "NaN"},
     "top_p": {"top_p": 0},
@@ -406,6 +439,7 @@ BAD_FIELDS = {
     "a file in a chain": {"pruning": {"method": "chain", "steps": ["@/etc/passwd", {"method": "vtw", "layer": 3}]}},
     "an unknown method": {"pruning": {"method": "fastvv"}},
     "an unknown knob": {"pruning": {"method": "fastv", "layers": 2}},
+    "thousands of unknown knobs": {"pruning": {f"knob {number}": number for number in range(5_000)}},
     "a layer too many": {"pruning": {"method": "vtw", "layer": 99}},
 }
 
@@ -512,6 +546,26 @@ def test_a_body_that_does_not_come():
         server.settled()
 
 
+def test_a_body_that_breaks_off_is_nobodys_error(server, caplog):
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+    head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+    before = server.metric("visipruner:request_errors_total", '"499"')
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode())
+    wait_for(lambda: server.metric("visipruner:request_errors_total", '"499"') > before)
+    assert not caplog.records
+
+
+def test_a_flood_of_headers(server):
+    for flood in ("X: a\r\n" * 100_000, f"X: {'a' * 1_000_000}\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.settimeout(PATIENCE)
+            with suppress(ConnectionError):  # hung up before all was sent
+                connection.sendall(f"GET /health HTTP/1.1\r\nHost: a\r\n{flood}\r\n".encode())
+                assert b" 200 " not in connection.recv(1000)
+    assert server.ask().choices
+
+
 def test_no_http_at_all(server):
     for garbage in (b"\x00" * 1000 + b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
@@ -574,6 +628,40 @@ def test_a_redirect_does_not_lead_inside(server, monkeypatch):
     assert inside == ["/a.png"]
 
 
+def test_a_redirect_does_not_lead_to_a_file():
+    def respond(handler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", "file:///etc/passwd")
+        handler.end_headers()
+
+    with picture_host(respond) as url, running(defaults=Defaults(picture_urls="any")) as server:
+        assert_refused(server.post(messages=with_pictures("What is this?", url)))
+
+
+def test_pictures_that_do_not_come_hold_up_nobody_else(monkeypatch):
+    monkeypatch.setattr("llava.serving.protocol.DOWNLOAD_SECONDS", 1.0)
+    over, asked = threading.Event(), []
+
+    def respond(handler) -> None:
+        asked.append(handler.path)
+        over.wait(PATIENCE)
+
+    with picture_host(respond) as url, running(defaults=Defaults(picture_urls="any")) as server:
+        answers = []
+        slow = with_pictures("What is this?", *[url] * 3)
+        threads = [threading.Thread(target=lambda: answers.append(server.post(messages=slow))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: asked)
+        picture_here = with_pictures("What is this?", data_url(IMAGES[0]))
+        assert server.post(messages=picture_here).status_code == 200
+        assert len(answers) < 8
+        for thread in threads:
+            thread.join()
+        over.set()
+        assert all("within" in assert_refused(answer) for answer in answers)
+
+
 # -- clients and servers that leave ----------------------------------------------------------------------------------
 
 
@@ -595,6 +683,22 @@ def test_a_client_that_leaves_before_its_answer(server, endless):
             timeout=0.3,
         )
     server.settled()
+
+
+def test_a_client_that_leaves_while_it_waits(endless):
+    with running(Limits(max_running=1)) as server:
+        stream = server.ask(max_tokens=100_000, stream=True)
+        next(iter(stream))
+        body = json.dumps({"model": "tiny", "messages": PROMPT}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head.encode() + body)
+            wait_for(lambda: server.scheduler.load.waiting == 1)
+        wait_for(lambda: server.scheduler.load.waiting == 0)
+        assert server.scheduler.load.running == 1
+        stream.close()
+        server.settled()
 
 
 def test_a_full_queue_says_when_to_come_again(endless):
@@ -671,9 +775,14 @@ def test_an_error_inside_one_request_fails_that_request_alone(server, monkeypatc
 
 
 def test_the_death_of_the_worker_shows_everywhere(endless, monkeypatch):
-    with running() as server:
+    with running(Limits(max_running=1)) as server:
         stream = server.ask(max_tokens=100_000, stream=True)
         next(iter(stream))
+        answers: list[httpx.Response] = []
+        waiting = [threading.Thread(target=lambda: answers.append(server.post())) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        wait_for(lambda: server.scheduler.load.waiting == 3)
 
         def die() -> None:
             raise SystemError("gone")
@@ -681,6 +790,12 @@ def test_the_death_of_the_worker_shows_everywhere(endless, monkeypatch):
         monkeypatch.setattr(server.scheduler, "_turn", die)
         with pytest.raises(openai.APIError, match="not running"):
             list(stream)
+        for thread in waiting:
+            thread.join()
+        assert len(answers) == 3
+        for answer in answers:
+            assert_refused(answer, 503)
+        assert server.scheduler.load.kv_held_bytes == 0
         assert_refused(server.http.get("/health"), 503)
         assert_refused(server.post(), 503)
 
@@ -688,12 +803,16 @@ def test_the_death_of_the_worker_shows_everywhere(endless, monkeypatch):
 # -- as a program ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def program(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@contextmanager
+def program(*options: str, port: int | None = None, **variables: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    port = port or free_port()
     command = [sys.executable, "-m", "llava.serve.api", "--device", "cpu", "--port", str(port), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
@@ -771,8 +890,12 @@ def test_sigterm_lets_running_answers_end_and_refuses_waiting_ones(never_ending)
         assert "Traceback" not in process.stderr.read()
 
 
-def test_sigkill_breaks_streams_and_leaves_no_process(never_ending):
-    with program("--model-path", str(never_ending)) as (process, url):
+def test_sigkill_breaks_streams_and_leaves_nothing(never_ending, tmp_path):
+    """No process, no file, no port: the server that is started in its place answers at once."""
+    port, temporary = free_port(), tmp_path / "temporary"
+    temporary.mkdir()
+    start = ("--model-path", str(never_ending))
+    with program(*start, port=port, TMPDIR=str(temporary)) as (process, url):
         reader, lines = started(url, 1000)
         wait_for(lambda: lines)
         children = psutil.Process(process.pid).children(recursive=True)
@@ -782,6 +905,11 @@ def test_sigkill_breaks_streams_and_leaves_no_process(never_ending):
         assert not any(child.is_running() for child in children)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
+        assert not list(temporary.iterdir())
+    with program(*start, port=port) as (_, url):
+        reader, lines = started(url, 3)
+        reader.join()
+        assert lines[-2:] == ["data: [DONE]", ""]
 
 
 @pytest.mark.parametrize(
@@ -793,6 +921,10 @@ def test_sigkill_breaks_streams_and_leaves_no_process(never_ending):
         (["--api-key-file", "/nowhere"], "/nowhere"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--max-pixels", "0"], "--max-pixels is 0"),
+        (["--max-body-mb", "nan"], "--max-body-mb is nan"),
+        (["--kv-memory", "inf"], "--kv-memory is inf"),
+        (["--port", "70000"], "cannot listen on 127.0.0.1:70000"),
+        (["--host", "no-such-host.invalid"], "cannot listen on no-such-host.invalid"),
     ],
 )
 def test_bad_options_are_one_line(options, says, capsys):

@@ -562,6 +562,23 @@ def test_the_end_of_the_thread_is_told_to_everybody(monkeypatch, long_request, e
     shipped().answer(long_request.prompt, None, GenerationOptions(1))  # the model is free again
 
 
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch does not tell errors of a device")
+@pytest.mark.parametrize("call", ["prefill", "step"])
+def test_a_lost_device_ends_the_thread(monkeypatch, endless, long_request, call):
+    def lost(*args):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    with Scheduler(shipped(), Limits(max_running=2)) as scheduler:
+        monkeypatch.setattr(scheduler._engine, call, lost)
+        tickets = [scheduler.submit(long_request) for _ in range(4)]
+        for ticket in tickets:
+            with pytest.raises(WorkerDeadError):
+                read(scheduler.stream(ticket))
+        scheduler._thread.join()
+        assert not scheduler.load.is_alive
+        assert_empty(scheduler)
+
+
 def test_others_may_use_the_model_between_requests():
     request = random_request(random.Random(13))
     with Scheduler(shipped()) as scheduler:

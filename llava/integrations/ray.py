@@ -70,7 +70,7 @@ def _ray(address: str | None) -> Iterator[Any]:
         quiet["include_dashboard"] = False
     try:
         ray.init(address=address or "local", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a start that takes too long is nothing more special
         raise UserError(f"no Ray at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
     try:
         yield ray

@@ -20,6 +20,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from llava.utils import UserError
 
@@ -30,9 +31,10 @@ from .request import Request as Prompted
 from .scheduler import Scheduler
 
 _log = logging.getLogger("llava.serving")
+_GONE = "the client has gone away"
 
 PREPARERS = 4
-"""Requests whose pictures are opened at one time."""
+"""Requests whose pictures are opened at one time; as many more may be downloading some, which takes longer."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def build_app(scheduler: Scheduler, settings: ServerSettings | None = None) -> F
     name = settings.model_name or scheduler.model.checkpoint.name
     metrics = Metrics(name, lambda: scheduler.load)
     created = int(time.time())
-    limiter = CapacityLimiter(PREPARERS)
+    opening, downloading = CapacityLimiter(PREPARERS), CapacityLimiter(PREPARERS)
     preparing = held_pixels = 0
     app = FastAPI(title="VisiPruner", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -145,6 +147,7 @@ def build_app(scheduler: Scheduler, settings: ServerSettings | None = None) -> F
             chat = ChatRequest.parse(await _body(request, settings))
             check_model(chat.model)
             arguments = chat, scheduler.model.checkpoint, settings.defaults
+            limiter = downloading if chat.downloads else opening
             return chat, await to_thread.run_sync(to_request, *arguments, limiter=limiter)
         finally:
             preparing -= 1
@@ -214,6 +217,8 @@ async def _body(request: Request, settings: ServerSettings) -> bytes:
 
     try:
         return await asyncio.wait_for(read(), settings.body_timeout)
+    except ClientDisconnect:
+        raise ApiError(499, _GONE) from None
     except asyncio.TimeoutError:
         raise ApiError(408, f"the body was not there within {settings.body_timeout:g} seconds") from None
 
@@ -339,7 +344,7 @@ async def _unless_gone(request: Request, work: Any) -> Any:
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError(499, "the client has gone away")
+            raise ApiError(499, _GONE)
         return working.result()
     finally:
         working.cancel()

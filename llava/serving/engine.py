@@ -33,6 +33,9 @@ from .pool import Pool, Segment
 from .request import Request
 from .text import AnswerText
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below it are greedy: logits over them may not be finite, and drawing from such ends a GPU's process."""
+
 
 @dataclass
 class Prefilled:
@@ -175,7 +178,7 @@ class Engine:
         answers = []
         for index in range(request.copies):
             generator = None
-            if request.options.temperature > 0:
+            if request.options.temperature >= GREEDY_BELOW:
                 generator = torch.Generator(done.logits.device)
                 if request.seed is None:
                     generator.seed()

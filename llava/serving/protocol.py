@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,14 +12,21 @@ from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
-from llava.images import ImageError, decode_image, is_url, load_image
+from llava.images import URL_TIMEOUT, ImageError, decode_image, is_url, load_image
 from llava.inference import Checkpoint, GenerationOptions, Turn
 from llava.pruning import Method
 from llava.utils import UserError
 
 from .request import ClosingError, QueueFullError, Request, RequestTimeoutError, WorkerDeadError
 
+LONGEST_MESSAGE = 500
+"""Characters of an error's message: what was sent is not sent back whole."""
+MOST_VALUES = 20_000
+"""In a request's JSON. Checking a body of many millions would take minutes, in which nobody is answered."""
+DOWNLOAD_SECONDS = 30.0
+"""For all pictures of a request together."""
 CHARACTERS_A_TOKEN = 64
 """Longer tokens are so rare that a prompt of many cannot fit."""
 
@@ -42,6 +50,8 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]} …"
         self.status, self.message, self.kind, self.code, self.param = status, message, kind, code, param
         self.retry_after = retry_after
 
@@ -149,7 +159,13 @@ class ChatRequest(_Strict):
     def parse(cls, body: bytes) -> ChatRequest:
         """Read a request's body. Raises `ApiError` 400 with the first thing that is wrong."""
         try:
-            return cls.model_validate_json(body)
+            values = from_json(body)
+        except ValueError as error:
+            raise ApiError(400, f"the body is no JSON: {error}") from None
+        if not _holds_at_most(MOST_VALUES, values):
+            raise ApiError(400, f"the body holds more than {MOST_VALUES:,} values; send fewer messages")
+        try:
+            return cls.model_validate(values)
         except ValidationError as error:
             # Of a value that may be of several kinds, the one that it came nearest to; names of kinds are no place.
             errors = error.errors(include_url=False, include_context=False, include_input=False)
@@ -158,13 +174,29 @@ class ChatRequest(_Strict):
             place = ".".join(part for part, _ in groupby(parts))  # a part's type comes twice
             if first["type"] == "extra_forbidden":
                 raise ApiError(400, f"{place!r} is not known or not served here; leave it out", param=place) from None
-            if first["type"] == "json_invalid":
-                raise ApiError(400, f"the body is no JSON: {first['msg']}") from None
             raise ApiError(400, f"{place}: {first['msg']}" if place else first["msg"], param=place or None) from None
+
+    @property
+    def downloads(self) -> bool:
+        """Whether pictures are to be fetched from elsewhere."""
+        return any(is_url(source) for message in self.messages for source in message.pictures)
 
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+def _holds_at_most(most: int, values: Any) -> bool:
+    """Whether plain JSON values, those inside of them included, are no more than so many."""
+    inside = [values]
+    while inside:
+        each = inside.pop()
+        most -= len(each) if isinstance(each, dict | list) else 0
+        if most < 0:
+            return False
+        if isinstance(each, dict | list):
+            inside += each.values() if isinstance(each, dict) else each
+    return True
 
 
 @dataclass(frozen=True)
@@ -205,12 +237,12 @@ def to_request(chat: ChatRequest, checkpoint: Checkpoint, defaults: Defaults) ->
     if length > most:  # before a tokenizer spends seconds on it
         raise ApiError(400, f"the messages have {length:,} characters; no more than {most:,} can fit", param="messages")
     turns: list[Turn] = []
-    pixels = defaults.max_pixels
+    pixels, until = defaults.max_pixels, time.monotonic() + DOWNLOAD_SECONDS
     for message in messages:
         if message.role == "user":
             turns.append(Turn(message.text))
             for source in message.pictures:
-                image = _open(source, defaults, pixels)
+                image = _open(source, defaults, pixels, until - time.monotonic())
                 pixels -= image.width * image.height
                 turns[-1].pictures.append(checkpoint.read_picture(image))
         else:
@@ -287,7 +319,7 @@ def _messages(chat: ChatRequest) -> list[_Message]:
     return messages
 
 
-def _open(source: str, defaults: Defaults, max_pixels: int) -> Image.Image:
+def _open(source: str, defaults: Defaults, max_pixels: int, seconds: float) -> Image.Image:
     if source[:5].lower() == "data:":
         head, comma, content = source[5:].partition(",")
         if not comma or not head.lower().endswith(";base64"):
@@ -301,4 +333,11 @@ def _open(source: str, defaults: Defaults, max_pixels: int) -> Image.Image:
         raise ImageError("a picture must be a data URL or an http(s) URL; files of the server are not read")
     if defaults.picture_urls == "off":
         raise ImageError("pictures are not downloaded here; send a data URL")
-    return load_image(source, max_pixels=max_pixels, only_public=defaults.picture_urls == "public")
+    if seconds <= 0:
+        raise ImageError(f"the pictures were not there within {DOWNLOAD_SECONDS:g} seconds; send data URLs")
+    return load_image(
+        source,
+        max_pixels=max_pixels,
+        timeout=min(URL_TIMEOUT, seconds),
+        only_public=defaults.picture_urls == "public",
+    )

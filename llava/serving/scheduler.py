@@ -37,6 +37,10 @@ from .request import (
 )
 
 
+_LOST: Any = getattr(torch, "AcceleratorError", ())  # torch 2.8
+"""Errors after which the device answers nobody. The thread ends by them, so that somebody starts the server anew."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much is done at once.
@@ -397,7 +401,9 @@ class Scheduler:
         )
 
     def _end(self, job: _Job, error: Exception | None = None) -> None:
-        """Take a job off, whatever of it runs."""
+        """Take a job off, whatever of it runs. Raises an error that is not this job's alone."""
+        if isinstance(error, _LOST):
+            raise error
         for answer in job.answers:
             if answer.segments:
                 self._engine.release(answer)
