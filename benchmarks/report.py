@@ -81,13 +81,16 @@ def timing_rows(timings: Timings, clocks: Sequence[str], over: str = DENSE) -> l
 class Report:
     """Collects named tables and figures of one benchmark and writes them.
 
+    Args:
+        about: in the files' name, where one benchmark measures several things.
+
     Attributes:
         tables: rows of plain values, by title.
         facts: single figures.
     """
 
-    def __init__(self, benchmark: str, setting: Setting):
-        self.benchmark, self.setting = benchmark, setting
+    def __init__(self, benchmark: str, setting: Setting, about: str = ""):
+        self.benchmark, self.setting, self._about = benchmark, setting, about
         self.tables: dict[str, list[dict[str, Any]]] = {}
         self.facts: dict[str, Any] = {}
         self.timings: dict[str, Timings] = {}
@@ -96,10 +99,8 @@ class Report:
     @property
     def name(self) -> str:
         plain = self.setting.to_dict()
-        return (
-            f"{self.benchmark}_{plain['shape']}_{self.setting.device.type}_{plain['dtype']}"
-            f"_b{plain['batch']}_v{plain['visual']}"
-        )
+        parts = [self.benchmark, self._about, plain["shape"], self.setting.device.type, plain["dtype"]]
+        return "_".join([*filter(None, parts), f"b{plain['batch']}", f"v{plain['visual']}"])
 
     def finish(self) -> Path:
         """Print everything, write JSON and plot, and return the JSON file's path."""

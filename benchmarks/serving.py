@@ -286,7 +286,8 @@ class Load:
 def run(setting: Setting, given: list[str]) -> Report:
     arguments = setting.arguments
     arguments.batch = max(arguments.concurrency, default=MAX_RUNNING)  # names the files
-    report = Report("serving", setting)
+    about = "budgets" if len(arguments.prefill_rows) > 1 else "" if arguments.concurrency else "open"
+    report = Report("serving", setting, about)
     known = variants(arguments.prefill_rows)
     names = arguments.variants or list(known)
     loads: list[tuple[str, int | None, float | None]] = [

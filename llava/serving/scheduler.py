@@ -36,7 +36,6 @@ from .request import (
     WorkerDeadError,
 )
 
-
 _LOST: Any = getattr(torch, "AcceleratorError", ())  # torch 2.8
 """Errors after which the device answers nobody. The thread ends by them, so that somebody starts the server anew."""
 
@@ -128,7 +127,8 @@ class Scheduler:
         self._forecast = Forecast(model)
         self._condition = threading.Condition()
         self._waiting: deque[_Job] = deque()
-        self._running: list[tuple[_Job, Answering]] = []  # the thread's own
+        self._running: list[tuple[_Job, Answering]] = []  # the thread's own, as are those in their prefill
+        self._beginning: list[_Job] = []
         self._is_draining = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -256,8 +256,10 @@ class Scheduler:
     def _turn(self) -> None:
         """Prefill once, and let all running answers make one token."""
         self._let_go()
-        if jobs := self._admit():
-            self._prefill(jobs)
+        self._beginning = self._admit()
+        if self._beginning:
+            self._prefill(self._beginning)
+            self._beginning = []
         if self._running:
             self._decode()
 
@@ -413,7 +415,7 @@ class Scheduler:
             job.ticket.send(Failure(error))
 
     def _fail_all(self, error: Exception) -> None:
-        for job in {id(job): job for job, _ in self._running}.values():
+        for job in {id(job): job for job in (*self._beginning, *(job for job, _ in self._running))}.values():
             self._end(job, error)
         with self._condition:
             waiting, self._waiting = self._waiting, deque()
