@@ -439,6 +439,7 @@ BAD_FIELDS = {
     "a file in a chain": {"pruning": {"method": "chain", "steps": ["@/etc/passwd", {"method": "vtw", "layer": 3}]}},
     "an unknown method": {"pruning": {"method": "fastvv"}},
     "an unknown knob": {"pruning": {"method": "fastv", "layers": 2}},
+    "a knob of more than 64 bits": {"pruning": {"method": "pool", "factor": 2**70}},
     "thousands of unknown knobs": {"pruning": {f"knob {number}": number for number in range(5_000)}},
     "a layer too many": {"pruning": {"method": "vtw", "layer": 99}},
 }

@@ -156,7 +156,8 @@ class _RayRun(Run):
         args, how = self.args, self._asking()
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        tasks = -(-len(questions) // (_BATCHES_A_TASK * args.batch_size))
+        batches = -(-len(questions) // args.batch_size)
+        tasks = max(-(-batches // _BATCHES_A_TASK), min(args.actors, batches))  # something for every actor
         rows = [{"question": pickle.dumps(question)} for question in questions]
         # Ray is about to rename how retries are asked for.
         warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)

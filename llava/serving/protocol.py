@@ -268,24 +268,24 @@ def _config(chat: ChatRequest, checkpoint: Checkpoint, defaults: Defaults) -> Me
         return defaults.config
     if chat.pruning is None or chat.pruning is False:
         return None
-    if any(text.startswith("@") for text in _texts(chat.pruning)):
-        raise ApiError(400, "pruning: files are not read here; write the config itself", param="pruning")
+    for value in _leaves(chat.pruning):
+        if isinstance(value, str) and value.strip().startswith("@"):
+            raise ApiError(400, "pruning: files are not read here; write the config itself", param="pruning")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ApiError(400, "pruning: an integer has more than 64 bits", param="pruning")
     try:
         return checkpoint.pruning_config(chat.pruning)
     except UserError as error:
         raise ApiError(400, str(error), param="pruning") from error
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in plain JSON values."""
-    if isinstance(value, str):
-        yield value.strip()
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _texts(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each)
+def _leaves(value: Any) -> Iterator[Any]:
+    """All plain values in JSON's lists and objects."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value
 
 
 def _messages(chat: ChatRequest) -> list[_Message]:
