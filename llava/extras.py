@@ -59,13 +59,13 @@ def _needed(project: Distribution | None, extra: str) -> Iterator[Requirement]:
 
 def _requirements(project: Distribution | None) -> Iterator[tuple[str, Requirement]]:
     """Every requirement of an extra with the extra's name; not those of the developers', which name all others'."""
-    requirements = [Requirement(line) for line in (project.requires if project else None) or []]
-    extras = (project.metadata.get_all("Provides-Extra") if project else None) or []
-    for extra in extras:
-        for requirement in requirements if extra != "dev" else ():
-            if requirement.marker and requirement.marker.evaluate({"extra": extra}):
-                if not requirement.marker.evaluate({"extra": ""}):
-                    yield extra, requirement
+    if project is None:
+        return
+    requirements = [Requirement(line) for line in project.requires or []]
+    of_extras = [each for each in requirements if each.marker and not each.marker.evaluate({"extra": ""})]
+    for extra in project.metadata.get_all("Provides-Extra") or []:
+        if extra != "dev":
+            yield from ((extra, each) for each in of_extras if each.marker and each.marker.evaluate({"extra": extra}))
 
 
 def _plain(requirement: Requirement) -> str:
