@@ -121,16 +121,21 @@ def test_one_shot_answers_as_the_library_does_and_says_what_was_pruned(capsys, f
     prompt = f"{SYSTEM} USER: <image>\nwhat is this ASSISTANT:"
     code, out, err = run(capsys, *ask)
     expected = clean_text(generate(folder, prompt, [picture], 8, pruning_config=CONFIG))
-    answer, line = out.strip().split("\n")
-    assert (code, err, answer.split()) == (0, "", expected.split())
-    assert line.startswith("[kept ") and "visual tokens, selected at layer" in line and "first token" in line
+    assert (code, out.split()) == (0, expected.split())
+    line = err.strip()
+    assert (
+        line.startswith("[kept ")
+        and "\n" not in line
+        and "visual tokens, selected at layer" in line
+        and "first token" in line
+    )
 
     dense = clean_text(generate(folder, prompt, [picture], 8))
     for options in ({"main": cli.main}, {}):
         flags = () if options else ("--dense",)
-        code, out, _ = run(capsys, *ask, *flags, **options)
-        assert (code, out.split("\n")[0].split()) == (0, dense.split())
-        assert "[dense: all 4 visual tokens in every layer" in out
+        code, out, err = run(capsys, *ask, *flags, **options)
+        assert (code, out.split()) == (0, dense.split())
+        assert "[dense: all 4 visual tokens in every layer" in err
 
 
 def test_json_is_one_object_that_agrees_with_the_trace(capsys, folder, picture):
@@ -151,10 +156,22 @@ def test_json_is_one_object_that_agrees_with_the_trace(capsys, folder, picture):
     assert (result["flops_saved"]["paper"] > 0) == (sum(visual) < 4 * LAYERS)
 
 
-def test_piped_input_is_one_question(capsys, folder, picture, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("what is\nthis\n"))
-    code, out, _ = run(capsys, "--model-path", folder, "--image-file", picture, "--json", "--max-new-tokens", 2)
-    assert code == 0 and json.loads(out)["question"] == "what is\nthis"
+def test_every_piped_line_is_a_question_of_its_own(capsys, folder, picture, monkeypatch):
+    ask = ("--model-path", folder, "--image-file", picture, "--max-new-tokens", 2)
+
+    def piped(text: str, *options: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return run(capsys, *ask, *options)
+
+    code, out, _ = piped("what is this\n", "--json")
+    assert code == 0 and json.loads(out)["question"] == "what is this"
+    code, out, err = piped("what is this\n\n red \n")
+    alone = [run(capsys, *ask, "--question", question)[1] for question in ("what is this", "red")]
+    assert (code, out) == (0, "".join(alone)) and err.count("[kept ") == 2
+    code, out, _ = piped("what is this\nred\n", "--json")
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["what is this", "red"]
+    code, out, err = piped("what is this\n/image a.png\n")
+    assert (code, out) == (2, "") and "'/image a.png' is a command of the chat" in err
 
 
 def test_compare_shows_both_answers(capsys, folder, picture):
