@@ -53,13 +53,6 @@ def expected_speed(parameters: int) -> str | None:
     )
 
 
-FLOPS_SAVED = {
-    "paper": "multiply-adds of visual tokens alone, as the paper counts",
-    "executed": "all that the prefill ran, text and the method's own work included",
-}
-"""What the conventions of FLOPs count."""
-
-
 def rows_in_words(rows_per_layer: Sequence[int]) -> str:
     """``651 ×10, 85 ×6``: how many layers in a row processed how many rows."""
     return ", ".join(f"{rows} ×{len(list(group))}" for rows, group in groupby(rows_per_layer))

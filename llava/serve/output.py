@@ -17,8 +17,9 @@ from rich.text import Text
 
 from llava.inference import Answer, LoadedModel
 from llava.pruning import Method
+from llava.pruning.flops import CONVENTIONS
 from llava.serve.chat import ChatSession, Comparison
-from llava.serve.describe import FLOPS_SAVED, describe, expected_speed, rows_in_words
+from llava.serve.describe import describe, expected_speed, rows_in_words
 from llava.utils import clean_text
 from llava.visualize.patches import PatchMap, kept_in_words, kept_rows, patch_maps
 
@@ -133,7 +134,7 @@ def show_trace(answer: Answer, console: Console) -> None:
         )
     console.print(f"kept positions (rows of the prompt): {trace.kept_positions}", markup=False)
     for convention, fraction in answer.flops_saved.items():
-        console.print(f"FLOPs saved ({convention}): {fraction:.2%} – {FLOPS_SAVED[convention]}", markup=False)
+        console.print(f"FLOPs saved ({convention}): {fraction:.2%} – {CONVENTIONS[convention]}", markup=False)
 
 
 # --- kept patches ---
