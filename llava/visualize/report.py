@@ -30,7 +30,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from llava.inference import LoadedModel, LoadOptions, Turn, open_checkpoint
-from llava.options import add_model_options, add_pruning_option, from_arguments
+from llava.options import Parser, add_model_options, add_pruning_option, from_arguments
 from llava.pruning import VisiPruner
 from llava.pruning.flops import CONVENTIONS, vision_attention_saved
 from llava.utils import UserError, run_main, write_whole
@@ -210,9 +210,7 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Write one HTML file that shows how a question about a picture was answered."
-    )
+    parser = Parser(description="Write one HTML file that shows how a question about a picture was answered.")
     parser.add_argument("--image", required=True, metavar="PATH|URL", help="the picture")
     parser.add_argument("--question", required=True, metavar="TEXT", help="what to ask about it")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="the HTML file to write")
