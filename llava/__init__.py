@@ -1,1 +1,3 @@
 """LLaVA models with training-free pruning of their visual tokens (VisiPruner)."""
+
+__version__ = "0.1.0"

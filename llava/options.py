@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import fields
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 from llava.constants import SHIPPED_MODEL_PATH
+from llava.errors import UserError
 
 _Dataclass = TypeVar("_Dataclass")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse as every program has it: a wrong option is a `UserError`, and ``--debug`` is known."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"prog": program_name(), **settings})
+        # Not among the values that a program reads, unless it is given: `llava.errors.exit_code_of` looks for it.
+        self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="tracebacks of errors")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def program_name() -> str:
+    """How the running program was started: ``visipruner ask``, or ``python -m llava.serve.cli_pruning``."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or sys.argv[0].startswith("visipruner "):
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def from_arguments(kind: type[_Dataclass], args: argparse.Namespace) -> _Dataclass:

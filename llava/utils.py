@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import tempfile
-import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from llava.errors import UserError, clean_text, run_main, to_json
 
 if TYPE_CHECKING:  # the scorers start without torch
     import torch
 
-# Marks that turn the direction of text around: harmless in a sentence, a way to fake one in a terminal.
-_BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-class UserError(ValueError):
-    """Bad input from the person at the keyboard: one clear line that names the value and the remedy.
-
-    Command-line programs print it as ``error: …`` and exit with code 2.
-    """
+__all__ = [
+    "UserError",
+    "clean_text",
+    "disable_torch_init",
+    "fast_autocast",
+    "fast_dtype",
+    "processor_name",
+    "run_main",
+    "to_json",
+    "write_whole",
+]
 
 
 def disable_torch_init() -> None:
@@ -31,21 +32,6 @@ def disable_torch_init() -> None:
     There it replaced ``reset_parameters`` of torch's layers for the whole process, to save time. Here
     :func:`llava.model.builder.load_pretrained_model` builds on the meta device, so that nothing is initialised twice.
     """
-
-
-def run_main(main: Callable[[], int | None]) -> None:
-    """Run a program's ``main`` and end the process with its exit status.
-
-    A ``UserError`` becomes one line, ``error: …``, and status 2; a closed output pipe ends quietly.
-    """
-    try:
-        sys.exit(main() or 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
 
 
 def processor_name() -> str:
@@ -83,13 +69,6 @@ def fast_autocast(device: torch.device) -> torch.autocast:
 
     dtype = fast_dtype(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def clean_text(text: str) -> str:
-    """``text`` without what a terminal would obey: control characters (but newline and tab) and bidi controls."""
-    return "".join(
-        char for char in text if char in "\n\t" or not (unicodedata.category(char) == "Cc" or char in _BIDI_CONTROLS)
-    )
 
 
 def write_whole(path: str | Path, text: str) -> None:

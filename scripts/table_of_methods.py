@@ -9,7 +9,6 @@ token is that of one comparison of all runs (`--times`), since times of differen
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -21,6 +20,7 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.compare_page import DENSE
 from llava.eval.files import read_answers, read_json
 from llava.eval.verdicts import difference_interval, interval_of
+from llava.options import Parser
 from llava.utils import UserError, run_main, write_whole
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -122,7 +122,7 @@ def table(data: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="output folders of llava.eval.compare")
     parser.add_argument("--times", required=True, type=Path, help="folder of the comparison whose times are shown")
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "llava"
 
 # The lowest rooms: no model in them.
-BASE = {"constants", "conversation", "images", "mm_utils", "options", "utils"}
+BASE = {"constants", "conversation", "errors", "examples", "extras", "images", "mm_utils", "options", "utils"}
 MODEL = {"model", "pruning", *BASE}
 INFERENCE = {"inference", *MODEL}
 # What each room may import beside itself. The first directory or file under `llava` is a room.
@@ -19,14 +19,15 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
     "__init__": set(),
     "pruning": {"utils"},
-    "model": {"pruning", "constants", "mm_utils", "images", "conversation", "utils"},
+    "model": {"pruning", "constants", "errors", "mm_utils", "images", "conversation", "utils"},
     "inference": MODEL,
     "eval": INFERENCE,
     "calibrate": {"eval", *INFERENCE},
-    "visualize": INFERENCE,
+    "visualize": {"eval", *INFERENCE},
     "integrations": {"eval", "serve", "serving", *INFERENCE},
     "serving": INFERENCE,
     "serve": {"serving", "visualize", *INFERENCE},
+    "cli": INFERENCE,  # and the programs, by name
 }
 
 

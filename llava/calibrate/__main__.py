@@ -21,7 +21,7 @@ from typing import Any
 
 from llava.calibrate.goal import Goal
 from llava.eval.files import move_aside, read_json, to_json
-from llava.options import add_model_options, from_arguments
+from llava.options import Parser, add_model_options, from_arguments
 from llava.utils import UserError, processor_name, run_main, write_whole
 
 WORK = ".calibration"
@@ -60,9 +60,9 @@ def work_folder(out: Path, settings: dict[str, Any]) -> Path:
     return work
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m llava.calibrate", description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add_model_options(parser)
     parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder with pictures")
     parser.add_argument(

@@ -25,6 +25,7 @@ from llava.eval.verdicts import Verdicts
 from llava.inference import open_checkpoint
 from llava.mm_utils import get_model_name_from_path
 from llava.model.recommended import PUBLISHED as PUBLISHED_CONFIG
+from llava.options import Parser
 from llava.pruning import Method, PruningConfig
 from llava.utils import UserError, run_main, write_whole
 
@@ -253,7 +254,7 @@ def print_savings(summary: PruningSummary) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="What the scripts under scripts/v1_5 run and score.")
+    parser = Parser(description="What the scripts under scripts/v1_5 run and score.")
     commands = parser.add_subparsers(dest="command", required=True)
     planning = commands.add_parser("plan", help="print what to run, one value a line")
     scoring = commands.add_parser("score", help="score an answers file")

@@ -23,6 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from llava.errors import missing_extra
 from llava.eval.benchmarks import BENCHMARKS, published
 from llava.eval.budgets import (
     FLOORS,
@@ -52,7 +53,7 @@ from llava.inference import (
     Responder,
     open_checkpoint,
 )
-from llava.options import add_model_options, from_arguments
+from llava.options import Parser, add_model_options, from_arguments
 from llava.pruning import Method, PruningTrace, VisiPruner
 from llava.pruning.flops import CONVENTIONS, DecoderShape, dense_trace, flops
 from llava.utils import UserError, processor_name, run_main, write_whole
@@ -370,7 +371,7 @@ def compare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Compare a model dense and under pruning configs.")
+    parser = Parser(description="Compare a model dense and under pruning configs.")
     add_model_options(parser)
     parser.add_argument(
         "--benchmark", action="append", choices=BENCHMARKS, default=[], help="may be given several times"
@@ -427,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_whole(out / "report.html", page(report, figure))
         (out / "report.png").write_bytes(figure)
     except ImportError as error:
-        print(f"No figure and no page: {error.name} is missing (pip install 'llava-visipruner[viz]')", file=sys.stderr)
+        print(f"No figure and no page: {missing_extra('viz', 'they', error)}", file=sys.stderr)
     print(f"Report: {out / 'report.html'}, report.md, report.json, report.png")
     not_asked = sum(len(result["not_asked"]) for result in report["benchmarks"].values())
     if not_asked:

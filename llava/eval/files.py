@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.utils import UserError
+from llava.utils import to_json as to_json
 
 
 def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -70,11 +71,6 @@ def read_answers(path: str | Path) -> list[dict[str, Any]]:
 def to_jsonl(records: Sequence[Mapping[str, Any]]) -> str:
     """One JSON object a line, each line ended."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def to_json(value: Any) -> str:
-    """Indented JSON with a final newline."""
-    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
 def move_aside(path: Path) -> Path | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
@@ -52,21 +52,16 @@ from llava.inference import (
 from llava.inference.processes import device_of, join_processes
 from llava.model import checkpoint as checkpoints
 from llava.model.builder import check_device, default_device, parse_dtype
-from llava.options import add_generation_options, add_model_options, from_arguments
+from llava.options import Parser, add_generation_options, add_model_options, from_arguments
 from llava.pruning import Method
 from llava.utils import UserError, run_main
 
 EXIT_INCOMPLETE, EXIT_INTERRUPTED = 1, 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of a run."""
-    parser = _Parser(description="Answer a benchmark's question file with a LLaVA model, pruned or dense.")
+    parser = Parser(description="Answer a benchmark's question file with a LLaVA model, pruned or dense.")
     add_model_options(parser, required=True)
     parser.add_argument("--image-folder", required=True, help="folder that the question file's images are in")
     parser.add_argument("--question-file", required=True, help="questions (jsonl)")

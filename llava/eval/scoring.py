@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava.eval.files import to_json
+from llava.options import Parser
 from llava.utils import UserError, write_whole
 
 #: A score file: the headline ``score``, ``answered`` of ``total`` questions, and the benchmark's own figures.
@@ -53,9 +54,9 @@ def cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def score_parser(description: str) -> argparse.ArgumentParser:
+def score_parser(description: str) -> Parser:
     """A parser with the flags every scorer has."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--result-file", required=True, metavar="FILE", help="answers (jsonl)")
     parser.add_argument(
         "--json",

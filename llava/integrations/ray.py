@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from llava.errors import missing_extra
 from llava.eval import model_vqa_loader
 from llava.eval.model_vqa_loader import AnsweredBatch, Asker, Asking, Run
 from llava.eval.questions import Question
 from llava.inference import LoadedModel, LoadOptions, open_checkpoint
 from llava.inference.processes import join_processes
 from llava.model.builder import check_device, default_device
-from llava.options import from_arguments
+from llava.options import Parser, from_arguments
 from llava.serve import api
 from llava.utils import UserError, run_main
 
@@ -45,7 +46,7 @@ _SPARE_REQUESTS = 64
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava.integrations.ray", description="VisiPruner on Ray.", epilog="serve --help, answer --help"
     )
     parser.add_argument("program", choices=("answer", "serve"), help="a question file, or requests over HTTP")
@@ -63,9 +64,7 @@ def _ray(address: str | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError as missing:
-        raise UserError(
-            f"Ray needs {missing.name}; install the extra: pip install 'llava-visipruner[ray]'"
-        ) from missing
+        raise missing_extra("ray", "Ray", missing) from missing
     quiet: dict[str, Any] = {"logging_level": logging.WARNING}
     if address is None:
         quiet["include_dashboard"] = False
@@ -240,7 +239,7 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def _serve_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m llava.integrations.ray serve",
         description="Serve a vision-language model to OpenAI's clients from several replicas.",
         epilog="All options of python -m llava.serve.api are taken too; its limits are those of one replica.",

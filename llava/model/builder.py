@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.errors import missing_extra
 from llava.model import checkpoint, key_mapping
 from llava.model.checkpoint import Weights
 from llava.model.configs import AnyLlavaConfig, is_hf_layout, model_class, model_config, with_decoder_of
@@ -285,7 +286,7 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
     try:
         from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     except ImportError as error:
-        raise UserError("LoRA adapters need the extra 'peft': pip install 'llava-visipruner[peft]'") from error
+        raise missing_extra("peft", "a LoRA adapter", error) from error
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(f"the adapter in {folder} cannot be merged into offloaded layers; use another device_map")
     weights = {_PEFT + name: weight for name, weight in _adapter_weights(folder).items()}

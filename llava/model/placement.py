@@ -10,6 +10,7 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
+from llava.errors import missing_extra
 from llava.utils import UserError
 
 DTYPES = {
@@ -110,9 +111,7 @@ def attention_for(asked: str | None, use_flash_attn: bool, placement: Placement)
         raise UserError(f"attn_implementation {name!r} is unknown; choose one of {', '.join(_ATTENTION)}")
     if name == "flash_attention_2":
         if not is_flash_attn_2_available():
-            raise UserError(
-                "flash_attention_2 needs a CUDA GPU and the extra 'flash': pip install 'llava-visipruner[flash]'"
-            )
+            raise missing_extra("flash", "flash_attention_2 needs a CUDA GPU, and it")
         if placement.dtype not in (torch.float16, torch.bfloat16):
             raise UserError(f"flash_attention_2 works in float16 and bfloat16, not in {placement.dtype}")
     return name
@@ -129,9 +128,7 @@ def quantization_for(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | N
     if load_8bit and load_4bit:
         raise UserError("load_8bit and load_4bit exclude each other")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "8- and 4-bit loading needs bitsandbytes, the extra 'quant': pip install 'llava-visipruner[quant]'"
-        )
+        raise missing_extra("quant", "8- and 4-bit loading (bitsandbytes)")
     # transformers matches these from the start of a module's full name.
     whole = ["lm_head", "model.multi_modal_projector", "model.vision_tower"]
     if load_8bit:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.options import add_model_options, add_pruning_option, from_arguments
+from llava.errors import missing_extra
+from llava.options import Parser, add_model_options, add_pruning_option, from_arguments
 from llava.utils import UserError, run_main
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         from llava.serving.app import build_app
     except ImportError as missing:
-        raise UserError(
-            f"the server needs {missing.name}; install the extra: pip install 'llava-visipruner[serve]'"
-        ) from missing
+        raise missing_extra("serve", "the server", missing) from missing
     # Here, because torch and transformers take seconds to import, and --help or a wrong option should not.
     from llava.inference import LoadedModel, LoadOptions, open_checkpoint
     from llava.serving import Scheduler
@@ -73,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.serve.api",
+    parser = Parser(
         description="Serve a vision-language model to OpenAI's clients, with visual tokens pruned.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -7,7 +7,6 @@ uploaded or chosen from a folder, never fetched from a URL.
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import os
@@ -21,15 +20,17 @@ from typing import Any
 
 from PIL import Image
 
+from llava.errors import missing_extra, tell
+
 try:
     import gradio as gr
 except ImportError as missing:
-    raise SystemExit("error: the web chat needs gradio; install the extra: pip install -e '.[web]'") from missing
+    raise SystemExit(tell(missing_extra("web", "the web chat", missing))) from missing
 
 from llava.images import load_image
 from llava.inference import Answer, GenerationOptions, LoadedModel, LoadOptions, open_checkpoint
 from llava.model.recommended import PUBLISHED
-from llava.options import add_model_options, add_pruning_option, from_arguments
+from llava.options import Parser, add_model_options, add_pruning_option, from_arguments
 from llava.pruning import Method, VisiPruner
 from llava.pruning.methods.visipruner import STAGES
 from llava.serve.chat import ChatModel, ChatSession
@@ -432,7 +433,7 @@ def _text_of(given: str | None) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program. Raises `UserError` on bad input, before weights are read where possible."""
-    parser = argparse.ArgumentParser(description="Chat about pictures in the browser, with visual tokens pruned.")
+    parser = Parser(description="Chat about pictures in the browser, with visual tokens pruned.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--share", action="store_true", help="publish the page through gradio's servers")

@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava.errors import missing_extra
 from llava.images import load_image
 from llava.inference import Answer, Clock, GenerationOptions, Picture, Turn
 from llava.utils import UserError, clean_text
@@ -134,9 +135,7 @@ class RemoteModel:
         try:
             import openai
         except ImportError as missing:
-            raise UserError(
-                f"--server needs {missing.name}; install the extra: pip install 'llava-visipruner[web]'"
-            ) from missing
+            raise missing_extra("web", "--server", missing) from missing
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--server is {url!r}; give a URL such as http://127.0.0.1:8000")
         self._url = url.rstrip("/").removesuffix("/v1")

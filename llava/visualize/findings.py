@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 
+from llava import __version__
 from llava.eval.compare import kv_bytes
 from llava.inference import Answer, GenerationOptions, LoadedModel, Picture, Prompt, Turn
 from llava.pruning import METHODS, Method, VisiPruner
@@ -335,7 +335,7 @@ def _facts(chat: LoadedModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "prompt template": chat.checkpoint.conv_mode,
         "decoding": "greedy",
-        "llava-visipruner": version("llava-visipruner"),
+        "llava-visipruner": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

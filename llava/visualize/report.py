@@ -29,11 +29,11 @@ from tqdm import tqdm
 from llava.eval.files import read_jsonl
 from llava.eval.questions import read_questions
 from llava.inference import Checkpoint, LoadedModel, LoadOptions, Picture, Turn, open_checkpoint
-from llava.options import add_model_options, add_pruning_option, from_arguments
+from llava.options import Parser, add_model_options, add_pruning_option, from_arguments
 from llava.pruning.flops import CONVENTIONS
 from llava.utils import UserError, run_main, write_whole
 
-from .findings import SMALL_MODEL, TIMED_RUNS, Asked, findings, question_findings
+from .findings import SMALL_MODEL, Asked, findings, question_findings
 
 PICTURE_SIDE = 768
 
@@ -90,7 +90,7 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write one HTML file that shows how questions about pictures were answered, dense beside pruned."
     )
     parser.add_argument("--image", metavar="PATH|URL", help="the picture")
@@ -154,14 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             checkpoint.encode([Turn(each.text, [each.picture])])
         except UserError as error:
-            raise UserError(f"{args.questions}, question {number}: {error}" if args.questions else str(error)) from error
+            raise UserError(
+                f"{args.questions}, question {number}: {error}" if args.questions else str(error)
+            ) from error
 
     chat = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
     rows = args.rows or ("last" if args.questions else "text")
     answered = [
-        question_findings(
-            chat, each, config, rows=rows, compare=args.compare, max_new_tokens=args.max_new_tokens
-        )
+        question_findings(chat, each, config, rows=rows, compare=args.compare, max_new_tokens=args.max_new_tokens)
         for each in tqdm(asked, desc="questions", file=sys.stderr, disable=True if len(asked) == 1 else None)
     ]
     found = findings(chat, config, answered)
