@@ -68,7 +68,8 @@ def page(found: dict[str, Any], pictures: Sequence[Image.Image]) -> str:
         pictures=[uris[id(image)] for image in pictures],
         script=Markup(script),  # ours, from the package
         style=Markup(ours("report.css")),
-        scheme=Markup(ours("report.stages.svg")),
+        # Within a page SVG needs no namespace, whose name would look like an address.
+        scheme=Markup(ours("report.stages.svg").replace(' xmlns="http://www.w3.org/2000/svg"', "")),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         conventions=CONVENTIONS,
         is_small=found["facts"]["parameters"] < SMALL_MODEL,
