@@ -27,6 +27,8 @@ class Longest(Method):
         return view.shares()
 
     def decide(self, layer, measured, trace):
+        if measured is None:  # a layer that it does not look behind
+            return None
         longest = np.argsort(-measured["norm"])[: self.keep]
         return Keep(np.sort(longest))
 

@@ -1,7 +1,7 @@
 """Every command and snippet of README and docs runs as written, or says in its page why it does not.
 
-A block is run in a copy of the repository, with `visipruner` and `python` on the PATH, in the order of its page. An HTML
-comment on the line above it says otherwise:
+A block is run in a copy of the repository, with `visipruner` and `python` on the PATH, in the order of its page. An
+HTML comment on the line above it says otherwise:
 
 - ``<!-- not run: REASON -->``; its programs and their options must still exist;
 - ``<!-- run: slowly -->``: kept for `make test-all`;
@@ -33,14 +33,16 @@ import pytest
 from tiny_checkpoints import tiny_config, tiny_model, write_original
 from tiny_stock import write_stock
 
+from llava.pruning import METHODS
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What stands for weights that cannot be fetched here: a tiny random checkpoint of the same kind.
-WEIGHTS = {
-    "liuhaotian/llava-v1.5-7b": "weights/llava-v1.5-7b",
-    "HuggingFaceTB/SmolVLM-256M-Instruct": "weights/smolvlm",
-}
+LLAVA, SMOLVLM = "liuhaotian/llava-v1.5-7b", "HuggingFaceTB/SmolVLM-256M-Instruct"
+WEIGHTS = {LLAVA: "weights/llava-v1.5-7b", SMOLVLM: "weights/smolvlm"}
 PORT = {"web": 7860, "serve": 8000, "gradio_pruning": 7860, "api": 8000}
+# What a program does not know goes to another.
+PASSES_ON = {"llava.integrations.ray": ["llava.serve.api"]}
 MARKS = ("slowly", "with a server", "a server")
 
 
@@ -66,9 +68,19 @@ class Block:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> list[str]:
-        """Its command lines, continued ones joined, without comments."""
-        lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
-        return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        """Its command lines, those that go on in the next line joined, without comments."""
+        commands: list[str] = []
+        goes_on = ""
+        for line in re.sub(r"\\\n\s*", "", self.text).splitlines():
+            goes_on += line
+            try:
+                words = shlex.split(goes_on, comments=True)
+            except ValueError:  # within quotes
+                goes_on += "\n"
+                continue
+            commands += [goes_on] if words else []
+            goes_on = ""
+        return commands
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -103,12 +115,8 @@ def pages_with(*marks: str) -> list:
 
 
 def copy_of_the_repository(folder: Path) -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:  # not a checkout
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "site", "runs"), dirs_exist_ok=True)
         return
@@ -132,20 +140,23 @@ def clone(tmp_path_factory) -> Path:
     (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
     for stamp in ("torch", "installed", "installed-dev"):  # what make leaves when it has installed
         (folder / ".venv" / stamp).touch()
-    write_original(folder / WEIGHTS["liuhaotian/llava-v1.5-7b"], tiny_model(tiny_config(num_hidden_layers=8)))
+    write_original(folder / WEIGHTS[LLAVA], tiny_model(tiny_config(num_hidden_layers=8)))
     with contextlib.suppress(pytest.skip.Exception):
-        write_stock(folder / WEIGHTS["HuggingFaceTB/SmolVLM-256M-Instruct"])
+        write_stock(folder / WEIGHTS[SMOLVLM])
     return folder
 
 
 @pytest.fixture
-def here(clone, monkeypatch) -> Path:
+def here(clone, monkeypatch) -> Iterator[Path]:
     """The clone as the current folder, without anything on stdin."""
     monkeypatch.chdir(clone)
     monkeypatch.setenv("PATH", f"{clone / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    return clone
+    methods = dict(METHODS)
+    yield clone
+    METHODS.clear()  # of those that a page registers
+    METHODS.update(methods)
 
 
 def with_stand_ins(text: str) -> str:
@@ -203,12 +214,8 @@ def run(block: Block) -> None:
 def in_bash(commands: list[str]) -> None:
     if not commands:
         return
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(commands)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    script = ["bash", "-euo", "pipefail", "-c", "\n".join(commands)]
+    done = subprocess.run(script, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, f"{commands} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
@@ -293,11 +300,12 @@ def test_programs_that_are_not_run_have_the_options_that_are_named(command, here
     if not named:
         return
     subcommand = arguments[:1] if arguments and re.fullmatch(r"[a-z]+", arguments[0]) else []
-    if not module.startswith("benchmarks"):
-        run_here(module, [*subcommand, "--help"])
-    else:
-        with pytest.raises(SystemExit):
-            importlib.import_module(module).main(["--help"])
+    for each in (module, *PASSES_ON.get(module, ())):
+        if each.startswith("benchmarks"):
+            with pytest.raises(SystemExit):
+                importlib.import_module(each).main(["--help"])
+        else:
+            run_here(each, [*(subcommand if each == module else []), "--help"])
     unknown = named - set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     assert not unknown, f"{command} names {unknown}, which its help does not"
 
