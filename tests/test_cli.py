@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny_checkpoints import VOCAB, tiny_config, tiny_model, write_original
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -34,7 +36,9 @@ from llava.pruning import METHODS, Cause, Decision, Keep, Method, PruningConfig,
 from llava.serve import cli, cli_pruning, terminal
 from llava.serve.chat import ChatSession
 from llava.serve.describe import describe
+from llava.serve.output import Stream, draw_kept
 from llava.utils import clean_text
+from llava.visualize.patches import PatchGrid, map_of_grids
 
 LAYERS = 6
 # Selects somewhere, keeps some tokens of a random model and drops others.
@@ -121,16 +125,21 @@ def test_one_shot_answers_as_the_library_does_and_says_what_was_pruned(capsys, f
     prompt = f"{SYSTEM} USER: <image>\nwhat is this ASSISTANT:"
     code, out, err = run(capsys, *ask)
     expected = clean_text(generate(folder, prompt, [picture], 8, pruning_config=CONFIG))
-    answer, line = out.strip().split("\n")
-    assert (code, err, answer.split()) == (0, "", expected.split())
-    assert line.startswith("[kept ") and "visual tokens, selected at layer" in line and "first token" in line
+    assert (code, out.split()) == (0, expected.split())
+    line = err.strip()
+    assert (
+        line.startswith("[kept ")
+        and "\n" not in line
+        and "visual tokens, selected at layer" in line
+        and "first token" in line
+    )
 
     dense = clean_text(generate(folder, prompt, [picture], 8))
     for options in ({"main": cli.main}, {}):
         flags = () if options else ("--dense",)
-        code, out, _ = run(capsys, *ask, *flags, **options)
-        assert (code, out.split("\n")[0].split()) == (0, dense.split())
-        assert "[dense: all 4 visual tokens in every layer" in out
+        code, out, err = run(capsys, *ask, *flags, **options)
+        assert (code, out.split()) == (0, dense.split())
+        assert "[dense: all 4 visual tokens in every layer" in err
 
 
 def test_json_is_one_object_that_agrees_with_the_trace(capsys, folder, picture):
@@ -151,10 +160,22 @@ def test_json_is_one_object_that_agrees_with_the_trace(capsys, folder, picture):
     assert (result["flops_saved"]["paper"] > 0) == (sum(visual) < 4 * LAYERS)
 
 
-def test_piped_input_is_one_question(capsys, folder, picture, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("what is\nthis\n"))
-    code, out, _ = run(capsys, "--model-path", folder, "--image-file", picture, "--json", "--max-new-tokens", 2)
-    assert code == 0 and json.loads(out)["question"] == "what is\nthis"
+def test_every_piped_line_is_a_question_of_its_own(capsys, folder, picture, monkeypatch):
+    ask = ("--model-path", folder, "--image-file", picture, "--max-new-tokens", 2)
+
+    def piped(text: str, *options: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return run(capsys, *ask, *options)
+
+    code, out, _ = piped("what is this\n", "--json")
+    assert code == 0 and json.loads(out)["question"] == "what is this"
+    code, out, err = piped("what is this\n\n red \n")
+    alone = [run(capsys, *ask, "--question", question)[1] for question in ("what is this", "red")]
+    assert (code, out) == (0, "".join(alone)) and err.count("[kept ") == 2
+    code, out, _ = piped("what is this\nred\n", "--json")
+    assert [json.loads(line)["question"] for line in out.splitlines()] == ["what is this", "red"]
+    code, out, err = piped("what is this\n/image a.png\n")
+    assert (code, out) == (2, "") and "'/image a.png' is a command of the chat" in err
 
 
 def test_compare_shows_both_answers(capsys, folder, picture):
@@ -183,10 +204,11 @@ def test_beams_and_sampling_run(capsys, folder, picture):
 
 
 def test_debug_adds_the_trace(capsys, folder, picture):
-    code, out, _ = run(
+    code, _, err = run(
         capsys, "--model-path", folder, "--image-file", picture, "--question", "what", "--max-new-tokens", 2, "--debug"
     )
-    assert code == 0 and "selected here" in out and "kept positions" in out
+    assert code == 0, err
+    assert "selected here" in err and "kept positions" in err
 
 
 # --- bad input ---
@@ -388,25 +410,176 @@ def test_commands(monkeypatch, capsys, session, picture, tmp_path):
         ],
     )
     assert "selected here" in out
-    errors = err.strip().split("\n")
-    assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
+    errors = [line for line in err.split("\n") if line.startswith("error: ")]
+    assert len(errors) == 4
     for line, part in zip(errors, ("exists; /save! ", "not valid JSON", "does not exist", "'/nonsense'"), strict=True):
         assert part in line
     saved = json.loads(target.read_text())
     assert [turn["question"] for turn in saved["turns"]] == ["what is this"]
     assert saved["turns"][0]["images"] == [str(picture)] and saved["turns"][0]["trace"]["num_rows"] > 0
-    assert "pruning: off (dense)" in out and "[dense: all 4 visual tokens" in out
+    assert "pruning: off (dense)" in out and "[dense: all 4 visual tokens" in err
+    assert "[kept " not in out and "[dense" not in out  # figures are no answers
     assert [turn.question for turn in session.turns] == ["what is this", "red"]
     assert session.config is not None and session.config.mode == ()
     assert len(session.waiting) == 1
     assert list(tmp_path.iterdir()) == [target]
-    for command in ("/image", "/config", "/dense", "/trace", "/save", "/reset", "/help", "/quit"):
+    for command in (
+        "/image",
+        "/drop",
+        "/retry",
+        "/load",
+        "/patches",
+        "/config",
+        "/dense",
+        "/trace",
+        "/save",
+        "/reset",
+        "/help",
+        "/quit",
+    ):
         assert command in out
 
 
+def test_a_picture_can_be_taken_back(monkeypatch, capsys, session, picture, tmp_path):
+    other = tmp_path / "other.png"
+    Image.new("RGB", (20, 50), "blue").save(other)
+    lines = ["/drop 2", f"/image {other}", "/drop 1", "/drop", "/drop"]
+    out, err = drive(monkeypatch, capsys, session, lines)
+    assert f"dropped {picture}; pictures: {other}" in out and f"dropped {other}; pictures: none" in out
+    assert "no picture 2; the conversation has pictures 1 to 1" in err and "no picture to drop" in err
+    session.add_picture(picture)
+    said = session.ask("what is this").text
+    assert session.drop_picture(1).source == str(picture)
+    assert session.pictures == [] and session.turns[0].reply == said
+    assert session.ask("red").visual_tokens == 0
+
+
+def test_a_question_is_asked_again(monkeypatch, capsys, session):
+    first = session.ask("what is this")
+    session.add_picture(Image.new("RGB", (8, 8)))
+    _, err = drive(monkeypatch, capsys, session, ["/dense", "/retry"])
+    assert "> what is this" in err and len(session.turns) == 1 and len(session.waiting) == 1
+    assert session.last_answer.config is None and session.last_answer.prompt_rows == first.prompt_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(session.model.model, "generate", lambda *a, **k: 1 / 0)
+        drive(monkeypatch, capsys, session, ["/retry"])
+    assert len(session.turns) == 1 and len(session.waiting) == 1
+
+
+def test_a_saved_conversation_goes_on(monkeypatch, capsys, session, model, tmp_path):
+    target, again = tmp_path / "talk.json", ChatSession(model, session.config, session.options)
+    out, _ = drive(monkeypatch, capsys, session, ["what is this", f"/save {target}", "red"])
+    written = target.read_text()
+    assert re.search(r'"visual_positions": \[\d+(, \d+)*\]', written) and "\\u" not in written
+    drive(monkeypatch, capsys, again, [f"/load {target}", "red"])
+    assert [turn.reply for turn in again.turns] == [turn.reply for turn in session.turns]
+    (tmp_path / "other.json").write_text('{"turns": [{"question": 1}]}')
+    lines = [f"/load {tmp_path / 'other.json'}", f"/load {tmp_path / 'nowhere.json'}", "/load"]
+    _, err = drive(monkeypatch, capsys, again, lines)
+    assert err.count("error: ") == 3 and len(again.turns) == 2
+
+
+CHANGES = {
+    "tokens_threshold=0.5": {**CONFIG, "tokens_threshold": 0.5},
+    "mode=middle exit_patience=3": {**CONFIG, "mode": ["middle"], "exit_patience": 3},
+    "mode=shallow,middle,deep": {**CONFIG, "mode": ["shallow", "middle", "deep"]},
+    'mode=["middle", "deep"] keep=2 tokens_threshold=null': {
+        **{key: value for key, value in CONFIG.items() if key != "tokens_threshold"},
+        "keep": 2,
+    },
+    "method=fastv keep=3": {"method": "fastv", "keep": 3},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_knobs_change_one_by_one(changes):
+    before = Method.from_any(CONFIG)
+    after = Method.from_any(terminal.changed_config(before, changes))
+    assert after == Method.from_any(CHANGES[changes])
+
+
+NOT_OBEYED = {
+    "/dense maybe": "/dense takes nothing",
+    "/reset now": "/reset takes nothing",
+    "/trcae": "did you mean /trace?",
+    "/conf": "did you mean /config?",
+    "/drop two": "a picture's number, not 'two'",
+    "/drop 5": "no picture 5",
+    "/config keep": "not valid JSON",
+    "/config keep=many words": "is not KEY=VALUE",
+    "/config no_such=1": "unknown key 'no_such'",
+    "/retry": "nothing was asked yet",
+    "/trace": "no answer yet",
+    "/patches": "no answer yet",
+    "/save": "needs a file name",
+    "/load": "needs a file name",
+}
+
+
+@pytest.mark.parametrize("line", NOT_OBEYED)
+def test_what_is_no_command_is_refused(line, capsys, session):
+    before = session.config
+    terminal.Chat(session, can_prune=True).handle(line)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and NOT_OBEYED[line] in err
+    assert len(session.waiting) == 1 and session.turns == [] and session.config == before
+
+
+def test_two_slashes_ask_what_begins_with_one(capsys, session):
+    terminal.Chat(session, can_prune=True).handle("//what is this")
+    assert session.turns[0].question == "/what is this"
+
+
+def test_an_empty_answer_says_so(monkeypatch, capsys, session):
+    monkeypatch.setattr(session.model.tokenizer, "decode", lambda *_a, **_k: "")
+    out, err = drive(monkeypatch, capsys, session, ["what"])
+    assert out.strip() == "" and "the answer is empty" in err
+
+
+def test_home_folders_expand_and_commands_and_paths_complete(monkeypatch, capsys, session, picture, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.png").write_bytes(picture.read_bytes())
+    (tmp_path / "folder").mkdir()
+    drive(monkeypatch, capsys, session, ["/image ~/x.png"])
+    assert len(session.waiting) == 2
+    complete = terminal.Chat(session, can_prune=True).completions
+    assert complete("/im") == ["/image "] and complete("/d") == ["/drop ", "/dense "] and complete("wha") == []
+    assert complete("/image ~/") == ["~/folder/", "~/x.png"] and complete("/config @~/x") == ["@~/x.png"]
+    assert complete("/dense ~/") == []
+
+
+def test_no_word_breaks_at_the_end_of_a_line(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    stream = Stream()
+    for piece in ("one tw", "o thr", "ee\n", "four, five six", "teen"):
+        stream(piece)
+    stream.end()
+    assert capsys.readouterr().out == "one two\nthree\nfour, five\nsixteen\n"
+
+
+def test_patches_are_drawn_in_half_blocks_where_there_is_colour(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    patches = map_of_grids((24, 24), [PatchGrid(2, 2)])
+    kept = np.array([True, False, False, True])
+    picture = Image.new("RGB", (24, 24), (255, 0, 0))
+
+    def drawn(**settings) -> list[str]:
+        console = Console(file=io.StringIO(), width=100, **settings)
+        draw_kept(picture, patches, kept, console)
+        return console.file.getvalue().splitlines()
+
+    colours = drawn(force_terminal=True, color_system="truecolor")
+    assert len(colours) == 24 and colours[0].count("▀") == 96 and "38;2;255;0;0" in colours[0]
+    assert colours[0] != colours[-1]
+    for settings in ({}, {"force_terminal": True, "no_color": True}):
+        plain = drawn(**settings)
+        assert plain == ["█" * 24 + "·" * 24] * 12 + ["·" * 24 + "█" * 24] * 12
+
+
 def test_reset_forgets_pictures_and_turns(monkeypatch, capsys, session):
-    out, _ = drive(monkeypatch, capsys, session, ["what", "/reset", "what is this"])
-    assert "no picture in the conversation, nothing to prune" in out
+    _, err = drive(monkeypatch, capsys, session, ["what", "/reset", "what is this"])
+    assert "no picture in the conversation, nothing to prune" in err
     assert len(session.turns) == 1
 
 
@@ -417,9 +590,9 @@ def test_an_unexpected_error_does_not_end_the_chat(monkeypatch, capsys, session,
     with monkeypatch.context() as patch:
         patch.setattr(model.model, "generate", broken)
         _, err = drive(monkeypatch, capsys, session, ["what", "/help"])
-    assert err == "error: RuntimeError: the roof is on fire (--debug shows where)\n"
-    out, _ = drive(monkeypatch, capsys, session, ["what"])
-    assert "[kept" in out
+    assert err.endswith("\nerror: RuntimeError: the roof is on fire (--debug shows where)\n")
+    _, err = drive(monkeypatch, capsys, session, ["what"])
+    assert "[kept" in err
 
 
 def test_without_pruning_the_commands_about_it_are_gone(session, capsys):
@@ -447,7 +620,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
     argv = [sys.executable, "-m", "llava.serve.cli_pruning", "--model-path", folder, "--image-file", picture]
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb", "XDG_STATE_HOME": str(tmp_path)}
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, these tests among them, may ignore it
         os.execv(sys.executable, [str(arg) for arg in (*argv, "--max-new-tokens", 4000)])
     seen, read_to = "", 0
@@ -481,6 +654,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder, picture, tmp_path):
         until("> ")
         os.write(terminal, b"\x04")
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        history = tmp_path / "visipruner" / "history"
+        assert history.read_text().splitlines() == ["what is this", "/trace"]
+        assert history.stat().st_mode & 0o777 == 0o600
         assert "Traceback" not in seen
     finally:
         with contextlib.suppress(OSError):

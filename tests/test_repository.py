@@ -101,8 +101,8 @@ def test_one_place_chooses_the_dtype_of_mixed_precision():
     assert users == [ROOT / "llava" / "utils.py"]
 
 
-@pytest.mark.parametrize(("ci", "installs"), [({}, False), ({"CI": "true"}, True)])
-def test_a_browser_is_installed_in_ci_alone_and_a_person_is_told_how(tmp_path, ci, installs):
+@pytest.mark.parametrize(("ci", "installs"), [({}, False), ({"CI": "true"}, True), ({"INSTALL_BROWSER": "1"}, True)])
+def test_a_browser_is_installed_in_ci_or_where_it_is_asked_for_and_a_person_is_told_how(tmp_path, ci, installs):
     for name, does in (("id", "echo 0"), ("apt-get", f'echo "$@" >> {tmp_path}/asked')):
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)

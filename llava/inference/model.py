@@ -53,6 +53,11 @@ class LoadedModel:
         return f"{self.model.device}, {str(self.model.dtype).removeprefix('torch.')}"
 
     @cached_property
+    def num_parameters(self) -> int:
+        """Of the whole model, vision tower included."""
+        return int(self.model.num_parameters())
+
+    @cached_property
     def shape(self) -> DecoderShape:
         """What the decoder's FLOPs depend on."""
         return DecoderShape.of(self.model)

@@ -7,15 +7,19 @@ conversation anew: a question is never asked of rows that were pruned for an ear
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.images import is_url
 from llava.inference import Answer, GenerationOptions, Picture, Prompt, Turn
 from llava.pruning import Method
+from llava.utils import UserError
 
 
 class ChatModel(Protocol):
@@ -89,6 +93,75 @@ class ChatSession:
         self.waiting.append(picture)
         return picture
 
+    @property
+    def pictures(self) -> list[Picture]:
+        """Every picture of the conversation, those that wait for the next question last."""
+        return [*(picture for turn in self.turns for picture in turn.pictures), *self.waiting]
+
+    def drop_picture(self, number: int | None = None) -> Picture:
+        """Take a picture out of the conversation. What was answered with it stays said.
+
+        Args:
+            number: of the picture in `pictures`, from 1; None: the last.
+
+        Raises:
+            UserError: there is none of that number, or its question says where it stands.
+        """
+        count = len(self.pictures)
+        if not count:
+            raise UserError("there is no picture to drop")
+        left = count if number is None else number
+        if not 1 <= left <= count:
+            raise UserError(f"there is no picture {left}; the conversation has pictures 1 to {count}")
+        for place, turn in enumerate(self.turns):
+            if left <= len(turn.pictures):
+                if DEFAULT_IMAGE_TOKEN in turn.question:
+                    raise UserError(f"picture {number or count} has a place in its question; /reset forgets both")
+                pictures = [*turn.pictures]
+                dropped = pictures.pop(left - 1)
+                # Its figures were of a conversation with this picture; what was said remains.
+                self.turns[place] = replace(turn, pictures=pictures, answer=None, said=turn.reply)
+                return dropped
+            left -= len(turn.pictures)
+        return self.waiting.pop(left - 1)
+
+    @contextmanager
+    def asking_again(self) -> Iterator[str]:
+        """A block in which the newest question, which it gives, is not asked yet; after an error it was.
+
+        Raises:
+            UserError: nothing was asked yet.
+        """
+        if not self.turns:
+            raise UserError("nothing was asked yet")
+        turns, waiting = self.turns, self.waiting
+        self.turns, self.waiting = turns[:-1], [*turns[-1].pictures]
+        try:
+            yield turns[-1].question
+        except BaseException:
+            self.turns = turns
+            raise
+        finally:
+            self.waiting = waiting
+
+    def load(self, saved: Any) -> None:
+        """Go on with a conversation that `to_dict` described; its pictures are opened anew.
+
+        Raises:
+            UserError: it is none, or a picture cannot be opened; the conversation is as it was before.
+        """
+        turns = []
+        try:
+            for turn in saved["turns"]:
+                question, said, sources = turn["question"], turn["answer"], turn["images"]
+                if not (isinstance(question, str) and isinstance(said, str) and isinstance(sources, list)):
+                    raise TypeError
+                pictures = [self.model.checkpoint.read_picture(str(source)) for source in sources]
+                turns.append(Turn(question, pictures, said=said))
+        except (KeyError, TypeError) as error:
+            raise UserError("this is no conversation: turns with question, answer and images are needed") from error
+        self.turns, self.waiting = turns, []
+
     def set_config(self, given: Any) -> None:
         """Prune the next answers with this config (any form that `PruningConfig.from_any` takes)."""
         self.config = self.model.checkpoint.pruning_config(given)
@@ -144,9 +217,15 @@ class ChatSession:
             "turns": [
                 {
                     "question": turn.question,
-                    "images": [picture.source for picture in turn.pictures],
-                    **(turn.answer.to_dict() if turn.answer else {}),
+                    "images": [_lasting(picture.source) for picture in turn.pictures],
+                    **(turn.answer.to_dict() if turn.answer else {"answer": turn.reply}),
                 }
                 for turn in self.turns
             ],
         }
+
+
+def _lasting(source: str) -> str:
+    """A picture's source as it is found from every folder."""
+    path = Path(source).expanduser()
+    return source if is_url(source) or not path.is_file() else str(path.resolve())

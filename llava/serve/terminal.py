@@ -1,36 +1,46 @@
-"""The terminal around a conversation: one answer, or a chat with commands."""
+"""The terminal around a conversation: one answer, or a chat with commands.
+
+Answers, and what a command was asked for, go to standard output; everything else, such as figures, to standard error.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
-import os
+import re
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from llava.errors import EXIT_INTERRUPTED, UserError, clean_text, tell, to_json
+from llava.examples import outside_its_world
+from llava.images import is_url
 from llava.inference import Answer, Checkpoint, GenerationOptions, LoadedModel, LoadOptions, Turn, open_checkpoint
 from llava.model.builder import check_device, parse_dtype
 from llava.options import from_arguments
 from llava.pruning import Method
 from llava.serve.chat import ChatSession, Comparison
-from llava.serve.describe import describe, rows_in_words
-from llava.utils import UserError, clean_text, write_whole
-
-EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
-
+from llava.serve.describe import describe
+from llava.serve.line_editor import line_editor, path_completions
+from llava.serve.output import (
+    Stream,
+    comparison_table,
+    notes,
+    say_what_speed_to_expect,
+    show_patches,
+    show_trace,
+    show_what_choosing_does,
+)
+from llava.utils import write_whole
 
 # --- the program ---
 
@@ -38,20 +48,37 @@ EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 130
 def run(args: argparse.Namespace, can_prune: bool) -> int:
     """Run the program with the arguments of `llava.serve.cli_pruning`; returns its exit code.
 
-    0; 1 failed; 2 bad input; 130 interrupted. A KeyboardInterrupt outside of an answer is the caller's.
+    0, or 130 for an answer that was interrupted. What goes wrong is raised.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     with _quiet(args.debug):
-        try:
-            return _run(args, can_prune)
-        except BrokenPipeError:
-            # Who read our output has gone; let the interpreter's last flush go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return EXIT_FAILED
-        except Exception as error:
-            return _report(error, args.debug)
+        # Everything that can be wrong is looked at before any weight is read.
+        options = from_arguments(GenerationOptions, args)
+        if args.device is not None:
+            check_device(args.device)
+        if args.dtype is not None:
+            parse_dtype(args.dtype)
+        questions = _questions(args)
+        checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
+        config = None if args.dense else checkpoint.pruning_config(args.pruning_config)
+        pictures = [checkpoint.read_picture(source) for source in args.image_file]
+        for question in questions or [""]:
+            checkpoint.encode([Turn(question, pictures)])
+
+        model = _load(checkpoint, args)
+
+        def session() -> ChatSession:
+            new = ChatSession(model, config, options)
+            for picture in pictures:
+                new.add_picture(picture)
+            return new
+
+        if questions is None:
+            return Chat(session(), can_prune=can_prune, compare=args.compare, debug=args.debug).run()
+        for question in questions:
+            code = _answer_once(session(), question, args, is_one_of_many=len(questions) > 1)
+            if code:
+                return code
+        return 0
 
 
 @contextmanager
@@ -72,60 +99,45 @@ def _quiet(debug: bool) -> Iterator[None]:
         warnings.showwarning = show
 
 
-def _report(error: Exception, debug: bool) -> int:
-    """Print an error as one line and return the exit code for it."""
-    if debug:
-        traceback.print_exception(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        message = "not enough GPU memory; try a shorter conversation, --load-4bit, a smaller model or --device cpu"
-    elif isinstance(error, UserError):
-        message = str(error)
+def _questions(args: argparse.Namespace) -> list[str] | None:
+    """The questions of a run that answers and ends, each asked on its own; None for a chat."""
+    if args.question is not None:
+        questions = [args.question.strip()]
+    elif not sys.stdin.isatty():
+        questions = [line.strip() for line in _piped_text().splitlines() if line.strip()]
+    elif args.once or args.json:
+        raise UserError("there is no question: give --question TEXT, or questions through a pipe, one a line")
     else:
-        hint = "" if debug else " (--debug shows where)"
-        message = f"{type(error).__name__}: {error}{hint}"
-    print("error: " + " ".join(clean_text(message).split()), file=sys.stderr)
-    return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
-
-
-def _run(args: argparse.Namespace, can_prune: bool) -> int:
-    # Everything that can be wrong is looked at before any weight is read.
-    options = from_arguments(GenerationOptions, args)
-    if args.device is not None:
-        check_device(args.device)
-    if args.dtype is not None:
-        parse_dtype(args.dtype)
-    question = _one_shot_question(args)
-    checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
-    config = None if args.dense else checkpoint.pruning_config(args.pruning_config)
-    pictures = [checkpoint.read_picture(source) for source in args.image_file]
-    checkpoint.encode([Turn(question or "", pictures)])
-
-    model = _load(checkpoint, args)
-    session = ChatSession(model, config, options)
-    for picture in pictures:
-        session.add_picture(picture)
-    if question is None:
-        return Chat(session, can_prune=can_prune, compare=args.compare, debug=args.debug).run()
-    return _answer_once(session, question, args)
-
-
-def _one_shot_question(args: argparse.Namespace) -> str | None:
-    """The question of a one-shot run; None for a chat."""
-    question = args.question
-    if question is None and not sys.stdin.isatty():
-        try:
-            question = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"the question on standard input is not {error.encoding} text") from error
-    if question is None:
-        if args.json:
-            raise UserError("--json prints one answer: give --question TEXT, or a question through a pipe")
         return None
-    if not question.strip():
-        raise UserError("the question is empty: give --question TEXT, or a question through a pipe")
+    if not any(questions):
+        raise UserError("the question is empty: give --question TEXT, or questions through a pipe, one a line")
+    commands = [question for question in questions if args.question is None and question.startswith("/")]
+    if commands:
+        raise UserError(f"{commands[0]!r} is a command of the chat: piped lines are questions, one each")
     if not args.image_file:
         raise UserError("a question needs a picture: give --image-file PATH or URL")
-    return question.strip()
+    for question in questions:
+        _check_text(question)
+    return questions
+
+
+def _piped_text() -> str:
+    """Standard input, which must be UTF-8 whatever the locale says."""
+    try:
+        buffer = getattr(sys.stdin, "buffer", None)
+        return buffer.read().decode() if buffer else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the question on standard input is not {error.encoding} text; convert it, as iconv does"
+        ) from error
+
+
+def _check_text(text: str) -> None:
+    """Refuse what stood for bytes that were no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text!a} is not {error.encoding} text") from error
 
 
 def _load(checkpoint: Checkpoint, args: argparse.Namespace) -> LoadedModel:
@@ -151,18 +163,13 @@ def _stop_on_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _write(text: str) -> None:
-    print(clean_text(text), end="", flush=True)
-
-
-def _answer_once(session: ChatSession, question: str, args: argparse.Namespace) -> int:
-    result: Answer | Comparison
-    with _stop_on_interrupt() as stop:
-        if args.compare:
-            result = session.compare(question, stop)
-            last = result.pruned
-        else:
-            result = last = session.ask(question, None if args.json else _write, stop)
+def _answer_once(session: ChatSession, question: str, args: argparse.Namespace, *, is_one_of_many: bool) -> int:
+    """One question and its answer; as JSON, an object, or one a line where there are many."""
+    if not args.json:
+        _hint(session, question)
+    if args.show:
+        print(clean_text(f"{', '.join(args.image_file)}: {question}"), file=sys.stderr, flush=True)
+    result, last = _ask(session, question, args.compare, streams=not args.json)
     if args.json:
         checkpoint = session.model.checkpoint
         about = {
@@ -171,74 +178,49 @@ def _answer_once(session: ChatSession, question: str, args: argparse.Namespace) 
             "images": args.image_file,
             "question": question,
         }
-        print(json.dumps({**about, **result.to_dict()}, indent=2))
+        written = {**about, **result.to_dict()}
+        print(json.dumps(written, ensure_ascii=False) if is_one_of_many else to_json(written).rstrip())
+    elif args.show and last.finish != "interrupted":
+        show_what_choosing_does(session, last, notes())
     else:
-        _show(result, args.debug)
+        _show(session, result, args.debug)
     return EXIT_INTERRUPTED if last.finish == "interrupted" else 0
 
 
-# --- what is shown ---
+def _hint(session: ChatSession, question: str) -> None:
+    """What to know before an answer that can only be a guess."""
+    images = [picture.image for picture in session.pictures]
+    if why := outside_its_world(session.model.checkpoint, question, images):
+        print(f"hint: {clean_text(why)}", file=sys.stderr, flush=True)
 
 
-def _show(result: Answer | Comparison, debug: bool) -> None:
-    """What follows an answer: its line, or the table of a comparison; with ``debug`` the trace."""
+def _ask(session: ChatSession, question: str, compare: bool, *, streams: bool) -> tuple[Answer | Comparison, Answer]:
+    """The answer, or both; and the one that the conversation goes on with. Streamed to standard output if asked for."""
+    stream = Stream() if streams else None
+    with _stop_on_interrupt() as stop:
+        if compare:
+            both = session.compare(question, stop)
+            return both, both.pruned
+        answer = session.ask(question, stream, stop)
+    if stream is not None:
+        stream.end()
+    return answer, answer
+
+
+def _show(session: ChatSession, result: Answer | Comparison, debug: bool) -> None:
+    """What follows an answer: its figures, or the table of a comparison; with ``debug`` the trace."""
+    console = notes()
     if isinstance(result, Comparison):
         Console(highlight=False).print(comparison_table(result))
+        say_what_speed_to_expect(session, console)
         last = result.pruned
     else:
-        print(f"\n[{describe(result)}]")
+        if not result.text:
+            console.print("(the answer is empty: the model ended it at once)")
+        console.print(f"[{describe(result)}]", markup=False)
         last = result
     if debug:
-        show_trace(last)
-
-
-def comparison_table(both: Comparison) -> Table:
-    """Dense and pruned beside each other."""
-    dense, pruned = both.dense, both.pruned
-    table = Table("", "dense", "pruned", show_lines=False)
-
-    def row(name: str, value: Callable[[Answer], str]) -> None:
-        table.add_row(name, Text(value(dense)), Text(value(pruned)))
-
-    def saved(convention: str) -> Callable[[Answer], str]:
-        return lambda answer: f"{answer.flops_saved[convention]:.1%}" if answer.flops_saved else "–"
-
-    row("answer", lambda answer: clean_text(answer.text))
-    row("visual tokens kept", lambda answer: f"{answer.kept} of {answer.visual_tokens}")
-    row("selecting layer", lambda answer: _layer(answer.trace.select_layer if answer.trace else None))
-    row("exit layer", lambda answer: _layer(answer.trace.exit_layer if answer.trace else None))
-    row("rows per layer", lambda answer: rows_in_words(answer.rows_per_layer))
-    row("FLOPs saved (paper)", saved("paper"))
-    row("FLOPs saved (executed)", saved("executed"))
-    row("time to first token", lambda answer: f"{answer.clock.first_token * 1000:.1f} ms")
-    row("tokens/s", lambda answer: f"{answer.clock.tokens_per_second:.1f}" if answer.clock.tokens_per_second else "–")
-    ratio = dense.clock.first_token / pruned.clock.first_token
-    table.caption = Text(
-        f"answers {'agree' if both.agree else 'differ'} · first token ×{ratio:.2f} as fast, measured once"
-    )
-    return table
-
-
-def _layer(layer: int | None) -> str:
-    return "–" if layer is None else str(layer)
-
-
-def show_trace(answer: Answer) -> None:
-    """What the engine decided for an answer, layer by layer."""
-    trace = answer.trace
-    if trace is None:
-        print(f"dense: {rows_in_words(answer.rows_per_layer)} rows a layer")
-        return
-    table = Table("layer", "rows", "smallest cosine", "", title="prefill")
-    for layer, rows in enumerate(trace.rows_per_layer):
-        cosine = trace.smallest_cosine.get(layer)
-        event = {trace.select_layer: "selected here", trace.exit_layer: "kept tokens gone"}.get(layer, "")
-        table.add_row(str(layer), str(rows), "" if cosine is None else f"{cosine:.5f}", event)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"kept positions: {trace.kept_positions}", markup=False)
-    for convention, fraction in answer.flops_saved.items():
-        console.print(f"FLOPs saved ({convention}): {fraction:.2%}")
+        show_trace(last, console)
 
 
 # --- the chat ---
@@ -259,20 +241,23 @@ class Chat:
         self.compare = compare
         self.debug = debug
         self._set_aside: Method | None = None
-        self._last: Answer | None = None
         self._is_over = False
         # name → what is written after it, what it does, how
         self.commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "/image": ("PATH|URL", "add a picture to the next question", self._image),
+            "/drop": ("[N]", "take the last picture back, or the N-th of the conversation", self._drop),
+            "/retry": ("", "ask the last question again", self._retry),
         }
         if can_prune:
             self.commands |= {
-                "/config": ("[JSON|@FILE]", "show the pruning config, or prune with this one", self._config),
+                "/config": ("[KEY=VALUE …|JSON|@FILE]", "show the pruning config, or change it", self._config),
                 "/dense": ("", "stop pruning; again: prune as before", self._dense),
+                "/patches": ("", "the pictures, and the patches kept for the last answer", self._patches),
                 "/trace": ("", "what was pruned for the last answer, layer by layer", self._trace),
             }
         self.commands |= {
             "/save": ("FILE", "write the conversation as JSON; /save! replaces a file", self._save),
+            "/load": ("FILE", "go on with a conversation that was saved", self._load),
             "/reset": ("", "forget the conversation and its pictures", self._reset),
             "/help": ("", "this list", self._help),
             "/quit": ("", "leave (so does Ctrl-D)", self._quit),
@@ -280,87 +265,117 @@ class Chat:
 
     def run(self) -> int:
         """Read lines until the end; returns the exit code."""
-        with suppress(ImportError):
-            import readline  # noqa: F401  gives input() line editing and a history
         self._greet()
-        while not self._is_over:
-            try:
-                line = input("\n> ").strip()
-            except KeyboardInterrupt:
-                print("  (Ctrl-D or /quit leaves)", end="")
-                continue
-            except UnicodeDecodeError as error:
-                _report(UserError(f"this line is not {error.encoding} text"), self.debug)
-                continue
-            except EOFError:
-                print()
-                break
-            if line:
-                self.handle(line)
+        with line_editor(self.completions):
+            while not self._is_over:
+                try:
+                    line = input("\n> ").strip()
+                except KeyboardInterrupt:
+                    print("  (Ctrl-D or /quit leaves)", end="")
+                    continue
+                except UnicodeDecodeError as error:
+                    tell(UserError(f"this line is not {error.encoding} text"), debug=self.debug)
+                    continue
+                except EOFError:
+                    print()
+                    break
+                if line:
+                    self.handle(line)
         return 0
 
     def handle(self, line: str) -> None:
         """Obey a command or answer a question; what goes wrong is said, and the chat goes on."""
         try:
-            if line.startswith("/"):
+            if line.startswith("//"):
+                self._ask(line[1:])
+            elif line.startswith("/"):
                 self._command(line)
             else:
                 self._ask(line)
         except KeyboardInterrupt:
-            print("\n[broken off; the question is forgotten]")
+            print("\n(broken off; the question is forgotten)", file=sys.stderr)
         except BrokenPipeError:
             raise
         except Exception as error:
-            _report(error, self.debug)
+            tell(error, debug=self.debug)
+
+    def completions(self, line: str) -> list[str]:
+        """What the last word of a line may become: a command, or a path behind one that takes it."""
+        name, space, rest = line.partition(" ")
+        word = line.split(" ")[-1]
+        if not space:
+            return [f"{each} " for each in self.commands if line and each.startswith(name)]
+        if name in ("/image", "/save", "/save!", "/load"):
+            return path_completions(word)
+        if name == "/config" and rest.startswith("@"):
+            return [f"@{path}" for path in path_completions(word.removeprefix("@"))]
+        return []
 
     def _greet(self) -> None:
         checkpoint = self.session.model.checkpoint
-        print(
-            clean_text(
-                f"{checkpoint.name} ({checkpoint.num_layers} layers, {self.session.model.placement}, "
-                f"template {checkpoint.conv_mode})"
-            )
-        )
+        lines = [
+            f"{checkpoint.name} ({checkpoint.num_layers} layers, {self.session.model.placement}, "
+            f"template {checkpoint.conv_mode})"
+        ]
         if "/config" in self.commands:
-            print("pruning:", self._config_in_words())
+            lines.append(f"pruning: {self._config_in_words()}")
         pictures = [picture.source for picture in self.session.waiting]
-        print(clean_text("pictures: " + ", ".join(pictures)) if pictures else "no picture yet: /image PATH adds one")
-        print("Ask away. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+        lines.append("pictures: " + ", ".join(pictures) if pictures else "no picture yet: /image PATH adds one")
+        lines.append("Ask away. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+        print(clean_text("\n".join(lines)), file=sys.stderr)
 
     def _config_in_words(self) -> str:
-        return json.dumps(self.session.config.to_dict()) if self.session.config else "off (dense)"
+        config = self.session.config
+        return json.dumps(config.to_dict(), ensure_ascii=False) if config else "off (dense)"
 
     def _ask(self, question: str) -> None:
-        result: Answer | Comparison
-        with _stop_on_interrupt() as stop:
-            if self.compare and self.session.config is not None:
-                result = self.session.compare(question, stop)
-                self._last = result.pruned
-            else:
-                result = self._last = self.session.ask(question, _write, stop)
-        _show(result, self.debug)
+        _check_text(question)
+        _hint(self.session, question)
+        compare = self.compare and self.session.config is not None
+        result, _ = _ask(self.session, question, compare, streams=True)
+        _show(self.session, result, self.debug)
 
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
+        argument = argument.strip()
         if name == "/save!":
-            self._save(argument.strip(), replace=True)
-        elif name in self.commands:
-            self.commands[name][2](argument.strip())
-        else:
-            raise UserError(f"there is no command {name!r}; /help lists them")
+            self._save(argument, replace=True)
+            return
+        if name not in self.commands:
+            known = [each for each in self.commands if each.startswith(name)] if len(name) > 1 else []
+            close = known or difflib.get_close_matches(name, self.commands, n=1, cutoff=0.5)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise UserError(f"there is no command {name!r}; {meant}/help lists them, //… asks what begins with a slash")
+        takes, _, obey = self.commands[name]
+        if argument and not takes:
+            raise UserError(f"{name} takes nothing, and {argument!r} follows it; //… asks what begins with a slash")
+        obey(argument)
 
     def _image(self, argument: str) -> None:
         source = _unquoted(argument)
         if not source:
             raise UserError("/image needs a path or a URL")
-        picture = self.session.add_picture(source)
+        picture = self.session.add_picture(source if is_url(source) else Path(source).expanduser())
         width, height = picture.image.size
-        place = f"picture {len(self.session.waiting)} of the next question"
+        place = f"picture {len(self.session.pictures)} of the conversation, for the next question"
         print(clean_text(f"{picture.source} ({width} × {height}): {place}"))
+
+    def _drop(self, argument: str) -> None:
+        if argument and not argument.isdecimal():
+            raise UserError(f"/drop takes a picture's number, not {argument!r}")
+        dropped = self.session.drop_picture(int(argument) if argument else None)
+        left = [picture.source for picture in self.session.pictures]
+        print(clean_text(f"dropped {dropped.source}; pictures: {', '.join(left) or 'none'}"))
+
+    def _retry(self, argument: str) -> None:
+        with self.session.asking_again() as question:
+            print(clean_text(f"> {question}"), file=sys.stderr)
+            self._ask(question)
 
     def _config(self, argument: str) -> None:
         if argument:
-            self.session.set_config(argument)
+            given = changed_config(self.session.config, argument) if _CHANGE.match(argument) else argument
+            self.session.set_config(given)
         print("pruning:", self._config_in_words())
 
     def _dense(self, argument: str) -> None:
@@ -372,31 +387,47 @@ class Chat:
             self.session.set_config(None)
         print("pruning:", self._config_in_words())
 
-    def _trace(self, argument: str) -> None:
-        if self._last is None:
+    def _last(self) -> Answer:
+        if (answer := self.session.last_answer) is None:
             raise UserError("no answer yet: ask something first")
-        show_trace(self._last)
+        return answer
+
+    def _patches(self, argument: str) -> None:
+        show_patches(self.session, self._last(), Console(highlight=False))
+
+    def _trace(self, argument: str) -> None:
+        show_trace(self._last(), Console(highlight=False))
 
     def _save(self, argument: str, replace: bool = False) -> None:
-        if not argument:
-            raise UserError("/save needs a file name")
-        path = Path(_unquoted(argument)).expanduser()
-        if path.is_dir():
-            raise UserError(f"{path} is a folder")
+        path = _file_named("/save", argument)
         if path.exists() and not replace:
             raise UserError(f"{path} exists; /save! {argument} replaces it")
-        write_whole(path, json.dumps(self.session.to_dict(), indent=2) + "\n")
+        write_whole(path, to_json(self.session.to_dict()))
         print(clean_text(f"wrote {path} (turns: {len(self.session.turns)})"))
+
+    def _load(self, argument: str) -> None:
+        path = _file_named("/load", argument)
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is no conversation: not JSON") from error
+        self.session.load(saved)
+        count = len(self.session.turns)
+        print(clean_text(f"{path}: {count} turns, {len(self.session.pictures)} pictures; the next question goes on"))
+        if saved.get("model") != str(self.session.model.checkpoint.model_path):
+            print(clean_text(f"warning: these answers are of {saved.get('model')}"), file=sys.stderr)
 
     def _reset(self, argument: str) -> None:
         self.session.reset()
-        self._last = None
         print("forgotten; /image PATH adds a picture")
 
     def _help(self, argument: str) -> None:
         for name, (rest, what, _) in self.commands.items():
-            print(f"  {f'{name} {rest}':<24}{what}")
-        print("Anything else is a question. Ctrl-C stops an answer; pressed twice, at once.")
+            print(f"  {f'{name} {rest}':<34}{what}")
+        print("Anything else is a question, and so is //…, with one slash less.")
+        print("Ctrl-C stops an answer; pressed twice, at once. Tab completes commands and paths.")
 
     def _quit(self, argument: str) -> None:
         self._is_over = True
@@ -405,3 +436,53 @@ class Chat:
 def _unquoted(text: str) -> str:
     """A path as typed; a file dropped on a terminal comes in quotes."""
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _file_named(command: str, argument: str) -> Path:
+    if not argument:
+        raise UserError(f"{command} needs a file name")
+    path = Path(_unquoted(argument)).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder")
+    return path
+
+
+_CHANGE = re.compile(r"\w+=")
+
+
+def changed_config(config: Method | None, changes: str) -> dict[str, Any]:
+    """A config with some knobs changed: ``keep=64 mode=middle,deep``.
+
+    A value is JSON, a word, or a list of either with commas; ``null`` takes the knob away. Another ``method`` begins
+    without the knobs of the old one.
+
+    Raises:
+        UserError: something that is no ``KEY=VALUE``.
+    """
+    parts = dict(_pair(each) for each in re.split(r"\s+(?=\w+=)", changes))
+    before = config.to_dict() if config is not None else {}
+    if parts.get("method", before.get("method")) != before.get("method"):
+        before = {}
+    for key, value in parts.items():
+        # A list of one has no comma.
+        is_list = isinstance(before.get(key), list) or key == "mode"
+        before[key] = [value] if is_list and not isinstance(value, list | None) else value
+    return {key: value for key, value in before.items() if value is not None}
+
+
+def _pair(written: str) -> tuple[str, Any]:
+    key, _, value = written.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        words = [_json_or_word(word.strip()) for word in value.split(",")]
+    if not value or any(isinstance(word, str) and re.search(r"\s", word) for word in words):
+        raise UserError(f"{written!r} is not KEY=VALUE; as in /config keep=64 mode=middle,deep")
+    return key, words if "," in value else words[0]
+
+
+def _json_or_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
