@@ -50,7 +50,7 @@ web: $(VENV)/installed-web
 
 report: $(VENV)/installed
 	@$(visipruner) report --image "$(or $(IMAGE),llava/assets/images/scene_2.png)" \
-		--question "$(or $(QUESTION),What does the text in the image say?)" -o report.html
+		--question "$(or $(QUESTION),What does the text in the image say?)" -o report.html --overwrite
 
 test: $(VENV)/installed-dev
 	@INSTALL_BROWSER="$(INSTALL_BROWSER)" bash scripts/install_test_browser.sh

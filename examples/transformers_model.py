@@ -19,7 +19,9 @@ tower = CLIPVisionConfig(
 decoder = LlamaConfig(
     vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=8, num_attention_heads=4, pad_token_id=0
 )
-model = LlavaForConditionalGeneration(LlavaConfig(tower, decoder, image_token_index=IMAGE)).eval()
+model = LlavaForConditionalGeneration(
+    LlavaConfig(vision_config=tower, text_config=decoder, image_token_id=IMAGE)
+).eval()
 patches = (56 // tower.patch_size) ** 2
 ids = torch.tensor([[1, *[IMAGE] * patches, 5, 6, 7]])
 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 56, 56)}

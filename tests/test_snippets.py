@@ -43,6 +43,7 @@ WEIGHTS = {LLAVA: "weights/llava-v1.5-7b", SMOLVLM: "weights/smolvlm"}
 PORT = {"web": 7860, "serve": 8000, "gradio_pruning": 7860, "api": 8000}
 # What a program does not know goes to another.
 PASSES_ON = {"llava.integrations.ray": ["llava.serve.api"]}
+TYPED = "How many shapes are there?\n"
 MARKS = ("slowly", "with a server", "a server")
 
 
@@ -148,11 +149,10 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(clone, monkeypatch) -> Iterator[Path]:
-    """The clone as the current folder, without anything on stdin."""
+    """The clone as the current folder."""
     monkeypatch.chdir(clone)
     monkeypatch.setenv("PATH", f"{clone / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     methods = dict(METHODS)
     yield clone
     METHODS.clear()  # of those that a page registers
@@ -182,7 +182,10 @@ def run_here(module: str, arguments: list[str]) -> None:
     if not hasattr(found, "main"):
         found = importlib.import_module(f"{module}.__main__")
     try:
-        status = found.main(arguments) or 0
+        # Of a chat's conversation a page says nothing, and a terminal there is none: one question, and it ends.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdin", io.StringIO(TYPED if arguments[:1] == ["chat"] else ""))
+            status = found.main(arguments) or 0
     except SystemExit as end:
         status = end.code or 0
     assert status == 0, f"{module} {shlex.join(arguments)} ended with {status}"
