@@ -14,7 +14,7 @@ asked += $(if $(QUESTION),--question "$(QUESTION)",$(if $(IMAGE),--question "Wha
 # A process a core; more than eight wait for memory. A free one takes tests from a busy one.
 parallel := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help demo chat web report test test-rest test-all test-oldest test-ray notebooks lint format clean
+.PHONY: help demo chat web report test test-rest test-all test-oldest test-ray notebooks docs lint format clean
 
 help:
 	@echo "make demo    install into $(VENV), ask the shipped model about a picture and show what pruning does"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-all    the same and what takes longer: training, all notebooks, the oldest transformers"
 	@echo "make test-ray    install Ray beside it, half a gigabyte, and test with it"
 	@echo "make notebooks   build and run the notebooks of visualization/ from their sources"
+	@echo "make docs    build the documentation into site/"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove $(VENV) and caches"
@@ -50,7 +51,7 @@ web: $(VENV)/installed-web
 
 report: $(VENV)/installed
 	@$(visipruner) report --image "$(or $(IMAGE),llava/assets/images/scene_2.png)" \
-		--question "$(or $(QUESTION),What does the text in the image say?)" -o report.html
+		--question "$(or $(QUESTION),What does the text in the image say?)" -o report.html --overwrite
 
 test: $(VENV)/installed-dev
 	@INSTALL_BROWSER="$(INSTALL_BROWSER)" bash scripts/install_test_browser.sh
@@ -73,6 +74,11 @@ test-ray: $(VENV)-ray/installed
 
 notebooks: $(VENV)/installed-dev
 	$(python) scripts/build_notebooks.py
+
+# Without a warning: a link that leads nowhere ends it
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
+	@echo "Open site/index.html"
 
 lint: $(VENV)/installed-dev
 	$(python) -m ruff check .

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,34 +38,14 @@ def test_links_and_modules_in_the_guides_exist(guide):
         assert (ROOT / name).exists(), f"{guide.name} names {name}"
 
 
-def test_the_readme_snippet_runs(tmp_path, monkeypatch, capsys):
-    from PIL import Image
-    from tiny_checkpoints import tiny_config, tiny_model, write_original
-
-    import llava.constants
-
-    folder = write_original(tmp_path / "tiny-llava", tiny_model(tiny_config(num_hidden_layers=8)))
-    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(llava.constants, "SHIPPED_MODEL_PATH", folder)
-    chat, on_any_model = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict = {}
-    exec(compile(chat, "README.md", "exec"), names)
-    assert "[" in capsys.readouterr().out.splitlines()[-1]
-    pixels = names["process_images"]([names["image"]], names["image_processor"], names["model"].config)
-    names["inputs"] = {"input_ids": names["ids"], "images": pixels}
-    exec(compile(on_any_model, "README.md", "exec"), names)
-    assert names["run"].traces[0].num_visual
-
-
-def test_the_readme_config_is_the_published_one_and_its_table_is_complete():
+def test_the_readme_config_is_the_published_one_and_the_methods_page_has_a_row_for_each_of_its_keys():
     published, *others = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
     assert PruningConfig.from_any(json.loads(published)) == PUBLISHED
     assert all(Method.from_any(json.loads(other)).name in METHODS for other in others)
-    rows = dict(re.findall(r"^\| `(\w+)`[^|]* \|(.*)$", README, re.MULTILINE))
-    assert set(PruningConfig.__dataclass_fields__) | set(METHODS) <= set(rows)
-    for name, method in METHODS.items():
-        assert method is PruningConfig or all(f"`{knob.name}`" in rows[name] for knob in fields(method))
+    section = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("### visipruner\n")[1].split("\n### ")[0]
+    assert published in section
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]* \|(.*)$", section, re.MULTILINE))
+    assert set(PruningConfig.__dataclass_fields__) <= set(rows)
 
 
 def test_citation_and_package_agree():

@@ -6,24 +6,23 @@ Colours are told apart by people with any colour vision (cividis, and Okabe and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from math import ceil
 from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_hex, to_rgb
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch as Frame
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import Image
 
 from .lenses import Shares, TopTokens
+from .overlay import BLUE, GREEN, GREY, GROUPS, ORANGE, SKY, mixed, overlay_kept, overlay_stay
 from .patches import PatchMap, Stay, View
 
-BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999"
 MAP = "cividis"
-GROUPS = (BLUE, "#CC79A7", GREEN, "#8C6D1F", SKY, "#5E3C99", "#444444")
-"""Of merged patches, told apart from `ORANGE`."""
 
 
 def draw_top_tokens(top: TopTokens, title: str, rows: Sequence[str] | None = None) -> Figure:
@@ -201,43 +200,6 @@ def draw_kept(picture: Image.Image, patches: PatchMap, kept: np.ndarray, title: 
     return figure
 
 
-def overlay_kept(picture: Image.Image, patches: PatchMap, kept: np.ndarray) -> Image.Image:
-    """The picture, dimmed where no patch was kept, kept patches outlined; RGB, at most 768 pixels a side.
-
-    Patches of an anyres picture's two views are outlined in two colours.
-    """
-    bright, boxes = _canvas(picture, patches)
-    result = Image.blend(bright, Image.new("RGB", bright.size, "white"), 0.65)
-    frames = []
-    for row in np.flatnonzero(np.asarray(kept, dtype=bool)).tolist():
-        if row in boxes:
-            result.paste(bright.crop(boxes[row]), boxes[row][:2])
-            frames.append((boxes[row], ORANGE if patches.views[row] == "whole" else BLUE))
-    _frame(result, frames)
-    return result
-
-
-def _canvas(picture: Image.Image, patches: PatchMap) -> tuple[Image.Image, dict[int, tuple[int, int, int, int]]]:
-    """The picture in a size to draw on, RGB, and each row's box on it; rows that show nothing of it are left out."""
-    scale = min(1.0, 768 / max(picture.size))
-    # Small pictures are enlarged, so that outlines do not hide them.
-    scale = max(scale, 336 / max(picture.size))
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    boxes = {}
-    for row in np.flatnonzero(patches.on_picture).tolist():
-        left, top, right, bottom = patches.boxes[row] * scale
-        box = max(0, round(left)), max(0, round(top)), min(size[0], round(right)), min(size[1], round(bottom))
-        if box[2] > box[0] and box[3] > box[1]:
-            boxes[row] = box
-    return picture.convert("RGB").resize(size), boxes
-
-
-def _frame(image: Image.Image, frames: Sequence[tuple[tuple[int, int, int, int], str]]) -> None:
-    canvas = ImageDraw.Draw(image)
-    for (left, top, right, bottom), colour in frames:
-        canvas.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=2)
-
-
 def draw_stays(
     picture: Image.Image,
     patches: PatchMap,
@@ -271,39 +233,11 @@ def draw_stays(
     keys = [Frame(facecolor="white", edgecolor=ORANGE, linewidth=1.5, label="stays, a token of its own")]
     if any(stay.groups for stay in stays.values()):
         label = "one token for several"
-        keys.append(Frame(facecolor=_mixed(GROUPS[0], 0.5), edgecolor=GROUPS[0], linewidth=1.5, label=label))
+        keys.append(Frame(facecolor=mixed(GROUPS[0], 0.5), edgecolor=GROUPS[0], linewidth=1.5, label=label))
     keys.append(Frame(facecolor="#dddddd", label="gone: the paler, the sooner"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8, frameon=False)
     figure.suptitle(title + "\n", fontsize=11)
     return figure
-
-
-def overlay_stay(picture: Image.Image, patches: PatchMap, stay: Stay) -> Image.Image:
-    """The picture, patches framed that stay as rows of their own, in colours those that rows of several stand for, and
-    the others the paler, the sooner they left. RGB, from 336 to 768 pixels a side."""
-    bright, boxes = _canvas(picture, patches)
-    result = Image.blend(Image.new("RGB", bright.size, "white"), bright, 0.12)
-    for row, box in boxes.items():
-        cell = bright.crop(box)
-        gone = Image.new("RGB", cell.size, "white")
-        result.paste(Image.blend(gone, cell, 0.12 + 0.88 * stay.alone[row]), box[:2])
-    for number, group in enumerate(stay.groups):
-        colour = GROUPS[number % len(GROUPS)]
-        mask = Image.new("L", bright.size)
-        for row in filter(boxes.__contains__, group.tolist()):
-            mask.paste(255, boxes[row])
-        tint = Image.blend(Image.new("RGB", bright.size, _mixed(colour, 0.3)), bright, 0.35)
-        result.paste(tint, mask=mask)
-        inner = ImageOps.crop(ImageOps.expand(mask, 2).filter(ImageFilter.MinFilter(5)), 2)
-        result.paste(colour, mask=ImageChops.subtract(mask, inner))
-    _frame(result, [(boxes[row], ORANGE) for row in np.flatnonzero(stay.chosen).tolist() if row in boxes])
-    return result
-
-
-def _mixed(colour: str, share: float) -> str:
-    """`share` of a colour, the rest white."""
-    red, green, blue = (1 - share + share * part for part in to_rgb(colour))
-    return to_hex((red, green, blue))
 
 
 def draw_cosine_curve(
@@ -324,8 +258,9 @@ def draw_cosine_curve(
     for number, (name, curve) in enumerate(curves.items()):
         style, colour = styles[number % len(styles)]
         axes.plot(np.arange(len(curve)), curve, style, color=colour, markersize=4, label=name)
-    for number, (name, value) in enumerate((thresholds or {}).items()):
-        axes.axhline(value, color="#333333", linestyle=("--", ":")[number % 2], linewidth=1, label=f"{name} {value:g}")
+    limits = ((GREY, (0, (6, 3))), ("#CC79A7", (0, (1, 2))))  # of neither a curve's colour nor its dashes
+    for (name, value), (colour, dashes) in zip((thresholds or {}).items(), cycle(limits), strict=False):
+        axes.axhline(value, color=colour, linestyle=dashes, linewidth=1.4, label=f"{name} {value:g}")
     _stage_lines(axes, select_layer, exit_layer)
     axes.set_ylabel("smallest cos(o − c, o) of a visual row")
     _legend(axes)
@@ -397,6 +332,9 @@ def _legend(axes: Any) -> None:
 
 
 def _stage_lines(axes: Any, select_layer: int | None, exit_layer: int | None) -> None:
-    for name, layer, style in (("selection", select_layer, "-"), ("exit", exit_layer, "-.")):
+    for name, layer, colour, style in (
+        ("selection", select_layer, "black", "-"),
+        ("exit", exit_layer, "#5E3C99", "-."),
+    ):
         if layer is not None:
-            axes.axvline(layer, color="black", linestyle=style, linewidth=1.2, label=f"{name}: layer {layer}")
+            axes.axvline(layer, color=colour, linestyle=style, linewidth=1.2, label=f"{name}: layer {layer}")
