@@ -1,0 +1,300 @@
+"""The page: where everything stands, and which control does what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from llava.pruning import METHODS
+from llava.pruning.methods.visipruner import SINKS, STAGES
+from llava.serve.web import show
+from llava.serve.web.settings import MAX_CONFIG, about, as_text, knobs_of
+from llava.serve.web.state import MAX_QUESTION, RUNS, WebChat, WebSession
+from llava.utils import UserError
+
+MAX_UPLOAD = "20mb"
+HERE = Path(__file__).parent
+TITLE = "Ask about a picture · VisiPruner"
+
+# What happens in the browser alone, at once: nothing that is typed meanwhile can get lost.
+ASK = f"""(asked, question) => {{
+  if (innerWidth <= 720) document.querySelector('#talk').scrollIntoView({{behavior: 'smooth', block: 'start'}});
+  return [question, '', {show.status("Waiting for the model …")!r}];
+}}"""
+PUT_BACK = "(question, returned) => question || returned"
+EXPORT = """(config) => {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([(config || '{}') + '\\n'], {type: 'application/json'}));
+  link.download = 'pruning_config.json';
+  link.click();
+  URL.revokeObjectURL(link.href);
+}"""
+SWITCH_THEME = """() => {
+  const dark = document.body.classList.toggle('dark');
+  localStorage.setItem('visipruner-theme', dark ? 'dark' : 'light');
+}"""
+
+
+class UploadedFile(gr.File):
+    """A file that was uploaded. Unlike gradio's own it takes no URL for the server to fetch."""
+
+    is_template = True  # drawn by gradio as the class it extends
+
+    def move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        if url_or_file_path is not None and "://" in str(url_or_file_path):
+            raise gr.Error("files are not fetched from URLs; upload the file")
+        return super().move_resource_to_block_cache(url_or_file_path)
+
+
+def build_page(web: WebChat) -> gr.Blocks:
+    """The page; `web` is what its controls do."""
+    name = getattr(web.recommended, "name", "visipruner")
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        session = gr.State(None, time_to_live=6 * 3600)
+        with gr.Row(elem_id="head"):
+            with gr.Column(elem_id="about"):
+                heading = gr.HTML(show.heading(web.model.checkpoint.name, web.model.placement), elem_id="heading")
+                method_told = gr.HTML(show.method(about(name)), elem_id="method-told")
+                gr.HTML(show.meanings(), elem_id="meanings")
+            theme = gr.Button("Light / dark", size="sm", elem_id="theme")
+        with gr.Row(elem_id="work"):
+            with gr.Column(elem_id="stage"):
+                stage = gr.HTML(show.pictures([]), elem_id="shown")
+                with gr.Row(elem_id="over"):
+                    gr.Checkbox(True, label="Show kept patches", container=False, elem_id="toggle")
+                    take_back = gr.Button("Take back new picture", size="sm", elem_id="take-back")
+            with gr.Column(elem_id="pictures"):
+                upload = UploadedFile(
+                    label="Add pictures",
+                    file_types=["image"],
+                    file_count="multiple",
+                    type="filepath",
+                    height=92,
+                    elem_id="upload",
+                )
+                examples = {}
+                with gr.Row(elem_id="examples"):
+                    for example, (path, asks) in web.examples.items():
+                        examples[example] = gr.Button(asks, icon=path, size="sm", elem_classes="example")
+            with gr.Column(elem_id="talk"):
+                past = gr.HTML("", elem_id="past")
+                current = gr.HTML("", elem_id="current")
+            with gr.Column(elem_id="composer"):
+                with gr.Row(elem_id="ask"):
+                    question = gr.Textbox(
+                        placeholder="Ask something about the picture",
+                        label="Question",
+                        show_label=False,
+                        container=False,
+                        lines=1,
+                        max_lines=5,
+                        max_length=MAX_QUESTION,
+                        autofocus=True,
+                        elem_id="question",
+                    )
+                    send = gr.Button("Ask", variant="primary", elem_id="send")
+                with gr.Row(elem_id="how"):
+                    ways = [(label, key) for key, label in RUNS.items()]
+                    run = gr.Radio(ways, value="pruned", label="Run", show_label=False, container=False, elem_id="run")
+                    stop = gr.Button("Stop", size="sm", elem_id="stop")
+                    clear = gr.Button("New conversation", size="sm", elem_id="clear")
+                status = gr.HTML(show.status("Connecting …"), elem_id="status")
+        with gr.Accordion("Settings: method, config, length of answers", open=False, elem_id="settings"):
+            config = _config_editor(web, name, method_told)
+            with gr.Row():
+                max_new_tokens = gr.Slider(1, 512, 128, step=1, label="Longest answer, tokens")
+                temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature (0: always the likeliest word)")
+        # On the page, as only such a box can be filled by the browser; the style hides them.
+        asked = gr.Textbox(label="asked", max_length=MAX_QUESTION, elem_classes="hidden-box")
+        returned = gr.Textbox(label="returned", elem_classes="hidden-box")
+
+        def arrive() -> Iterator[tuple[WebSession | Any, str, str]]:
+            state: WebSession | Any = web.new_session()
+            for line in web.arrival():
+                yield state, show.status(line), show.heading(web.model.checkpoint.name, web.model.placement)
+                state = gr.skip()  # what the tab did meanwhile stays
+
+        def answer(state: WebSession | None, *given: Any) -> Iterator[tuple[Any, ...]]:
+            state = state or web.new_session()
+            drawn: Any = None  # the earlier exchanges and the pictures, as long as they do not change
+            for line in web.ask(state, *given):
+                is_over = state.returned != "" or line == "Ready."
+                earlier = state.exchanges if is_over else state.exchanges[:-1]
+                now = [] if is_over else state.exchanges[-1:]
+                skip = drawn is not None and not is_over
+                drawn = gr.skip() if skip else (show.conversation(earlier), show.pictures(state.shown))
+                yield (
+                    state,
+                    *((drawn, drawn) if skip else drawn),
+                    show.conversation(now, len(earlier) + 1),
+                    show.status(line),
+                    state.returned,
+                )
+
+        def added(state: WebSession | None, paths: Sequence[str] | None) -> tuple[Any, ...]:
+            state = state or web.new_session()
+            line = web.take_pictures(state, paths or [])
+            return state, None, show.pictures(state.shown), show.status(line)
+
+        def taken_back(state: WebSession | None) -> tuple[Any, ...]:
+            state = state or web.new_session()
+            line = web.take_back(state)
+            return state, show.pictures(state.shown), show.status(line)
+
+        def stopped(state: WebSession | None) -> None:
+            if state is not None:
+                state.stop.set()
+
+        def started_over(state: WebSession | None) -> tuple[Any, ...]:
+            stopped(state)
+            return web.new_session(), "", "", show.pictures([]), show.status("Ready.")
+
+        quietly: dict[str, Any] = {"show_progress": "hidden"}
+        page.load(arrive, None, [session, status, heading], concurrency_limit=None, **quietly)
+        inputs = [session, asked, run, config, max_new_tokens, temperature]
+        outputs = [session, past, stage, current, status, returned]
+        gr.on(
+            [send.click, question.submit], None, [asked, question], [asked, question, status], js=ASK, **quietly
+        ).then(answer, inputs, outputs, concurrency_limit=web.answers_at_once, **quietly).then(
+            None, [question, returned], question, js=PUT_BACK, **quietly
+        )
+        upload.upload(added, [session, upload], [session, upload, stage, status], **quietly)
+        take_back.click(taken_back, session, [session, stage, status], **quietly)
+        for example, button in examples.items():
+            button.click(_example(web, example), session, [session, stage, status, question], **quietly)
+        stop.click(stopped, session, None, queue=False, **quietly)
+        clear.click(started_over, session, [session, past, current, stage, status], **quietly)
+        theme.click(None, None, None, js=SWITCH_THEME, **quietly)
+        page.load(None, None, None, js=(HERE / "page.js").read_text(encoding="utf-8"), **quietly)
+    page.queue(max_size=64)
+    return page
+
+
+def _example(web: WebChat, name: str) -> Any:
+    """What a click on an example does: its picture is there, and its question in the box."""
+    path, asks = web.examples[name]
+
+    def chosen(state: WebSession | None) -> tuple[Any, ...]:
+        state = state or web.new_session()
+        while state.chat.waiting:  # another example, or a picture that was not asked about
+            web.take_back(state)
+        line = web.take_pictures(state, [path])
+        return state, show.pictures(state.shown), show.status(line), asks
+
+    return chosen
+
+
+def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
+    """The controls of the pruning config; gives the box with its JSON, which is what counts."""
+    settings = web.settings
+    initial = as_text(web.recommended.to_dict()) if web.recommended.to_dict() else ""
+    box: dict[str, Any] = {"max_length": MAX_CONFIG, "lines": 7, "max_lines": 16, "elem_id": "pruning"}
+    if settings is None:
+        config = gr.Textbox(initial, label="Pruning config (JSON; empty: as the server is set)", **box)
+        _import_and_export(config)
+        return config
+    knobs, layers = settings.knobs, settings.num_layers - 1
+    chosen = gr.Dropdown(sorted(METHODS), value=name, label="Method", elem_id="method")
+    with gr.Row(elem_id="editor"):
+        with gr.Column(visible=name == "visipruner", elem_id="knobs") as controls:
+            shown = {
+                "mode": gr.CheckboxGroup(list(STAGES), value=list(knobs["mode"]), label="Stages (mode)", elem_id="mode"),
+                "shallow_mid_layer": gr.Slider(1, layers, knobs["shallow_mid_layer"], step=1, label="shallow_mid_layer"),
+                "layer_threshold": gr.Number(knobs["layer_threshold"], label="layer_threshold", step=0.001),
+                "tokens_threshold": gr.Number(knobs["tokens_threshold"], label="tokens_threshold", step=0.01),
+                "mid_deep_layer": gr.Slider(
+                    1, layers, knobs["mid_deep_layer"], step=1, label="mid_deep_layer (deep without middle)"
+                ),
+                "exit_threshold": gr.Number(knobs["exit_threshold"], label="exit_threshold", step=0.0001),
+                "exit_patience": gr.Number(knobs["exit_patience"], label="exit_patience", precision=0),
+                "keep": gr.Number(knobs["keep"], label="keep (in place of tokens_threshold; empty: none)"),
+                "shallow_sink": gr.Dropdown(
+                    [("by the model", None), *((each, each) for each in SINKS)],
+                    value=knobs["shallow_sink"],
+                    label="shallow_sink",
+                ),
+                "probe_rows": gr.Dropdown(["last", "text"], value=knobs["probe_rows"], label="probe_rows"),
+                "relative": gr.Checkbox(knobs["relative"], label="relative"),
+            }
+        with gr.Column(elem_id="json"):
+            config = gr.Textbox(initial, label="Pruning config (JSON)", **box)
+            note = gr.HTML("", elem_id="config-note")
+            _import_and_export(config)
+            table = gr.HTML(show.knob_table(knobs_of(name, settings.num_layers)), elem_id="knob-table")
+
+    def written(*values: Any) -> str:
+        return settings.written(dict(zip(shown, values, strict=True)))
+
+    def method_chosen(method: str) -> tuple[Any, ...]:
+        text = settings.start_of(method)
+        return text, *_of(method), *_values(text)
+
+    def edited(text: str) -> tuple[Any, ...]:
+        try:
+            method, line = settings.check(text).name, ""
+        except UserError as error:
+            return gr.skip(), show.status(f"Error: {error}"), gr.skip(), gr.skip(), gr.skip(), *[gr.skip()] * len(shown)
+        told_of, visible, knob_table = _of(method)
+        return method, line, told_of, visible, knob_table, *_values(text)
+
+    def _of(method: str) -> tuple[Any, ...]:
+        table = show.knob_table(knobs_of(method, settings.num_layers))
+        return show.method(about(method)), gr.Column(visible=method == "visipruner"), table
+
+    def _values(text: str) -> list[Any]:
+        values = settings.read(text)
+        return [gr.skip()] * len(shown) if values is None else [values[key] for key in shown]
+
+    quietly: dict[str, Any] = {"show_progress": "hidden", "queue": False}
+    everything = list(shown.values())
+    gr.on([each.input for each in everything], written, everything, config, **quietly)
+    chosen.input(method_chosen, chosen, [config, told, controls, table, *everything], **quietly)
+    gr.on([config.blur, config.change], edited, config, [chosen, note, told, controls, table, *everything], **quietly)
+    return config
+
+
+def _import_and_export(config: gr.Textbox) -> None:
+    """A file into the box, and the box into a file."""
+    with gr.Row(elem_id="files"):
+        given = UploadedFile(label="Import a config (JSON)", file_types=[".json"], type="binary", height=92)
+        export = gr.Button("Export this config", size="sm", elem_id="export")
+
+    def imported(content: bytes | None) -> tuple[Any, None]:
+        try:
+            text = (content or b"").decode()
+        except UnicodeDecodeError as error:
+            raise gr.Error("that file is no text, so it is no JSON") from error
+        return (text if len(text) <= MAX_CONFIG else gr.skip()), None
+
+    given.upload(imported, given, [config, given], show_progress="hidden")
+    export.click(None, config, None, js=EXPORT, show_progress="hidden")
+
+
+def launch(web: WebChat, host: str, port: int, *, share: bool = False) -> gr.Blocks:
+    """Serve the page, in threads; `block_thread` of what comes back waits until it is interrupted.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    page = build_page(web)
+    # System fonts: a page on a machine without network must not wait for a font server.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            prevent_thread_lock=True,
+            max_file_size=MAX_UPLOAD,
+            footer_links=[],
+            theme=theme,
+            css_paths=HERE / "style.css",
+            ssr_mode=False,
+            quiet=True,
+        )
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port") from error
+    return page
