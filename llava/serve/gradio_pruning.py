@@ -17,10 +17,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from llava.constants import API_KEY_VARIABLE
 from llava.options import add_model_options, add_pruning_option, from_arguments
 from llava.utils import UserError, run_main
 
-API_KEY_VARIABLE = "VISIPRUNER_API_KEY"
 EXAMPLE_PICTURES = Path(__file__).parent.parent / "assets" / "images"
 MOST_EXAMPLES = 4
 
@@ -28,14 +28,14 @@ MOST_EXAMPLES = 4
 def example_pictures(folder: Path = EXAMPLE_PICTURES) -> dict[str, tuple[Path, str]]:
     """Pictures of a folder by name, each with a question that its ``questions.jsonl`` knows the answer of.
 
-    Of every picture the last question is taken, of pictures so many that they fit beside each other.
+    Of every picture the first question is taken, of pictures the last ones, which hold the most.
     """
     questions = folder / "questions.jsonl"
     if not questions.is_file():
         return {}
     lines = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
-    asked = {line["image"]: line["text"] for line in lines}
-    names = list(asked)[-MOST_EXAMPLES:]
+    asked = {line["image"]: line["text"] for line in reversed(lines)}
+    names = sorted(asked)[-MOST_EXAMPLES:]
     return {Path(name).stem: (folder / name, asked[name]) for name in names}
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here, so that --help and a wrong port need not wait for them.
     try:
         from llava.serve.web.page import launch
-    except ImportError as missing:
+    except ModuleNotFoundError as missing:
         raise UserError(f"the web chat needs {missing.name}; install the extra: pip install -e '.[web]'") from missing
     from llava.inference import LoadOptions, open_checkpoint
     from llava.serve.remote import RemoteModel

@@ -20,10 +20,7 @@ HERE = Path(__file__).parent
 TITLE = "Ask about a picture · VisiPruner"
 
 # What happens in the browser alone, at once: nothing that is typed meanwhile can get lost.
-ASK = f"""(asked, question) => {{
-  if (innerWidth <= 720) document.querySelector('#talk').scrollIntoView({{behavior: 'smooth', block: 'start'}});
-  return [question, '', {show.status("Waiting for the model …")!r}];
-}}"""
+ASK = f"(asked, question) => [question, '', {show.status('Waiting for the model …')!r}]"
 PUT_BACK = "(question, returned) => question || returned"
 EXPORT = """(config) => {
   const link = document.createElement('a');
@@ -59,12 +56,14 @@ def build_page(web: WebChat) -> gr.Blocks:
                 heading = gr.HTML(show.heading(web.model.checkpoint.name, web.model.placement), elem_id="heading")
                 method_told = gr.HTML(show.method(about(name)), elem_id="method-told")
                 gr.HTML(show.meanings(), elem_id="meanings")
-            theme = gr.Button("Light / dark", size="sm", elem_id="theme")
+            with gr.Row(elem_id="tools"):
+                clear = gr.Button("New conversation", size="sm", elem_id="clear")
+                theme = gr.Button("Light / dark", size="sm", elem_id="theme")
         with gr.Row(elem_id="work"):
             with gr.Column(elem_id="stage"):
                 stage = gr.HTML(show.pictures([]), elem_id="shown")
                 with gr.Row(elem_id="over"):
-                    gr.Checkbox(True, label="Show kept patches", container=False, elem_id="toggle")
+                    gr.Checkbox(True, label="Show kept patches", interactive=True, elem_id="toggle")
                     take_back = gr.Button("Take back new picture", size="sm", elem_id="take-back")
             with gr.Column(elem_id="pictures"):
                 upload = UploadedFile(
@@ -72,7 +71,7 @@ def build_page(web: WebChat) -> gr.Blocks:
                     file_types=["image"],
                     file_count="multiple",
                     type="filepath",
-                    height=92,
+                    height=48,
                     elem_id="upload",
                 )
                 examples = {}
@@ -85,7 +84,7 @@ def build_page(web: WebChat) -> gr.Blocks:
             with gr.Column(elem_id="composer"):
                 with gr.Row(elem_id="ask"):
                     question = gr.Textbox(
-                        placeholder="Ask something about the picture",
+                        placeholder="Ask about the picture",
                         label="Question",
                         show_label=False,
                         container=False,
@@ -100,12 +99,11 @@ def build_page(web: WebChat) -> gr.Blocks:
                     ways = [(label, key) for key, label in RUNS.items()]
                     run = gr.Radio(ways, value="pruned", label="Run", show_label=False, container=False, elem_id="run")
                     stop = gr.Button("Stop", size="sm", elem_id="stop")
-                    clear = gr.Button("New conversation", size="sm", elem_id="clear")
                 status = gr.HTML(show.status("Connecting …"), elem_id="status")
         with gr.Accordion("Settings: method, config, length of answers", open=False, elem_id="settings"):
             config = _config_editor(web, name, method_told)
             with gr.Row():
-                max_new_tokens = gr.Slider(1, 512, 128, step=1, label="Longest answer, tokens")
+                max_new_tokens = gr.Slider(1, 512, 128, step=1, label="Longest answer, tokens", elem_id="length")
                 temperature = gr.Slider(0, 1.5, 0, step=0.05, label="Temperature (0: always the likeliest word)")
         # On the page, as only such a box can be filled by the browser; the style hides them.
         asked = gr.Textbox(label="asked", max_length=MAX_QUESTION, elem_classes="hidden-box")
@@ -228,38 +226,29 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
     def written(*values: Any) -> str:
         return settings.written(dict(zip(shown, values, strict=True)))
 
-    def method_chosen(method: str) -> tuple[Any, ...]:
-        text = settings.start_of(method)
-        return text, *_of(method), *_values(text)
-
-    def edited(text: str) -> tuple[Any, ...]:
+    def read(text: str) -> tuple[Any, ...]:
+        """Set everything beside the box from what it says; as long as that is no config, only a line under it."""
         try:
-            method, line = settings.check(text).name, ""
+            method = settings.check(text).name
         except UserError as error:
-            return gr.skip(), show.status(f"Error: {error}"), gr.skip(), gr.skip(), gr.skip(), *[gr.skip()] * len(shown)
-        told_of, visible, knob_table = _of(method)
-        return method, line, told_of, visible, knob_table, *_values(text)
-
-    def _of(method: str) -> tuple[Any, ...]:
-        table = show.knob_table(knobs_of(method, settings.num_layers))
-        return show.method(about(method)), gr.Column(visible=method == "visipruner"), table
-
-    def _values(text: str) -> list[Any]:
+            return show.status(f"Error: {error}"), *[gr.skip()] * (4 + len(shown))
         values = settings.read(text)
-        return [gr.skip()] * len(shown) if values is None else [values[key] for key in shown]
+        of_knobs = [(values or {}).get(key, gr.skip()) for key in shown]
+        knob_table = show.knob_table(knobs_of(method, settings.num_layers))
+        return "", method, show.method(about(method)), gr.Column(visible=values is not None), knob_table, *of_knobs
 
     quietly: dict[str, Any] = {"show_progress": "hidden", "queue": False}
     everything = list(shown.values())
     gr.on([each.input for each in everything], written, everything, config, **quietly)
-    chosen.input(method_chosen, chosen, [config, told, controls, table, *everything], **quietly)
-    gr.on([config.blur, config.change], edited, config, [chosen, note, told, controls, table, *everything], **quietly)
+    chosen.input(settings.start_of, chosen, config, **quietly)
+    config.change(read, config, [note, chosen, told, controls, table, *everything], **quietly)
     return config
 
 
 def _import_and_export(config: gr.Textbox) -> None:
     """A file into the box, and the box into a file."""
     with gr.Row(elem_id="files"):
-        given = UploadedFile(label="Import a config (JSON)", file_types=[".json"], type="binary", height=92)
+        given = UploadedFile(file_types=[".json"], type="binary", height=48, elem_id="import")
         export = gr.Button("Export this config", size="sm", elem_id="export")
 
     def imported(content: bytes | None) -> tuple[Any, None]:

@@ -89,38 +89,26 @@ class Settings:
     def written(self, knobs: Mapping[str, Any]) -> str:
         """VisiPruner's config as JSON, of a value for every knob; those that its mode has no use for are left out."""
         mode = [stage for stage in STAGES if stage in knobs["mode"]]
-        middle, deep = "middle" in mode, "deep" in mode
-        is_used = {
-            "shallow_mid_layer": middle or "shallow" in mode,
-            "layer_threshold": middle,
-            "tokens_threshold": middle and knobs.get("keep") is None,
-            "keep": middle,
-            "probe_rows": middle,
-            "relative": middle,
-            "mid_deep_layer": deep and not middle,
-            "exit_threshold": middle and deep,
-            "exit_patience": middle and deep,
-            "shallow_sink": "shallow" in mode,
-        }
         usual = {each.name: each.default for each in fields(VisiPruner)}
-        config = {"mode": mode}
-        for key, value in knobs.items():
-            if is_used.get(key) and value is not None and (value != usual[key] or key.startswith("exit_")):
-                config[key] = _whole(value)
+        config: dict[str, Any] = {"mode": mode}
+        for key in _used(mode, knobs.get("keep")):
+            value = _whole(knobs[key])
+            if value is not None and (value != usual[key] or key.startswith("exit_")):
+                config[key] = value
         return as_text(config)
 
     def read(self, text: str) -> dict[str, Any] | None:
-        """A value for every knob of VisiPruner from its config's JSON; None: not VisiPruner's, or no config at all."""
+        """The knobs of VisiPruner that its config's JSON has a use for; None: another method's, or no config at all."""
         try:
-            given = json.loads(text)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                method = Method.from_any(given)
+                method = Method.from_any(json.loads(text))
         except (ValueError, RecursionError):
             return None
         if not isinstance(method, VisiPruner):
             return None
-        return {**self.knobs, "keep": None, **method.to_dict()}
+        used = {key: getattr(method, key) for key in _used(method.mode, method.keep)}
+        return {"mode": list(method.mode), **used}
 
     def start_of(self, name: str) -> str:
         """A config of a method, as JSON, that this model takes: to begin with, not tuned to it."""
@@ -193,6 +181,24 @@ def _whole(value: Any) -> Any:
     """A number box's content as an int where it is one; else as it is, for the config to refuse."""
     is_whole = isinstance(value, float) and value.is_integer()
     return int(value) if is_whole else value
+
+
+def _used(mode: Sequence[str], keep: float | None) -> list[str]:
+    """VisiPruner's knobs that matter to a mode, without the mode itself."""
+    shallow, middle, deep = (stage in mode for stage in STAGES)
+    is_used = {
+        "shallow_mid_layer": shallow or middle,
+        "layer_threshold": middle,
+        "tokens_threshold": middle and keep is None,
+        "mid_deep_layer": deep and not middle,
+        "exit_threshold": middle and deep,
+        "exit_patience": middle and deep,
+        "shallow_sink": shallow,
+        "probe_rows": middle,
+        "relative": middle,
+        "keep": middle,
+    }
+    return [key for key, matters in is_used.items() if matters]
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

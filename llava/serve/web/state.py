@@ -31,7 +31,7 @@ MAX_PIXELS = 25_000_000
 MAX_PICTURES = 8  # of one conversation
 MAX_QUESTION = 4_000
 MAX_REMOTE_ANSWERS = 32
-RUNS = {"pruned": "Pruned", "dense": "Dense", "compare": "Compare both"}
+RUNS = {"pruned": "Pruned", "dense": "Dense", "compare": "Compare"}
 
 
 @dataclass
