@@ -393,6 +393,7 @@ def opened(driver, address, width="wide", theme="light"):
     across, down = WIDTHS[width]
     size = {"width": across, "height": down, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    console_errors(driver)  # those of the page before
     driver.get(f"{address}?__theme={theme}")
     until(driver, "return (document.querySelector('#status') || {innerText: ''}).innerText.includes('Ready.')")
     return driver
@@ -453,8 +454,8 @@ def test_the_page_stands_still_and_fits(driver, address, pictures, width, theme)
     across, down = WIDTHS[width]
     box = driver.execute_script("return document.querySelector('#question textarea').getBoundingClientRect().toJSON()")
     assert 0 < box["top"] and box["bottom"] < down, "the question box is in sight"
-    dark = driver.execute_script("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
-    assert (sum(dark[:3]) < 200) == (theme == "dark")
+    colours = "return getComputedStyle(document.querySelector('h1')).color.match(/\\d+/g).map(Number)"
+    assert (sum(driver.execute_script(colours)) > 400) == (theme == "dark"), "light on dark, dark on light"
     # Everything that can be unfolded, a picture, and two answers beside each other.
     answer_length(driver, 3)
     for summary in driver.find_elements("css selector", "#meanings summary"):
@@ -473,12 +474,25 @@ def test_the_page_stands_still_and_fits(driver, address, pictures, width, theme)
     assert first["right"] <= second["left"] and first["top"] == second["top"], "dense and pruned side by side"
     picture = driver.execute_script("return document.querySelector('#shown img').getBoundingClientRect().toJSON()")
     assert picture["width"] > 300 and picture["height"] > 250, "pictures are large"
-    # gradio's own two: its manifest, and a script of a host that is not there.
-    own = ("manifest.json", "iframeResizer", "favicon", "fonts.g")
-    assert not [line for line in console_errors(driver) if not any(word in line for word in own)]
+    errors = console_errors(driver)
+    assert len(errors) <= 2 and all(line.endswith('"Method not implemented."') for line in errors), "gradio's own two"
 
 
-def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures):
+def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures, web, monkeypatch):
+    answer = web.model.answer
+
+    def slowly(prompt, config, options, on_text, stop):
+        """Ten words, and no more until it is stopped."""
+        words = itertools.count()
+
+        def say(text):
+            on_text(text)
+            if next(words) >= 10:
+                stop.wait(300)
+
+        return answer(prompt, config, options, say, stop)
+
+    monkeypatch.setattr(web.model, "answer", slowly)
     opened(driver, address)
     upload(driver, pictures["wide"])
     send(driver, "what is this")
@@ -486,19 +500,12 @@ def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures):
     box = driver.find_element("css selector", "#question textarea")
     for word in ("and ", "what ", "is that?"):
         box.send_keys(word)
-        time.sleep(0.1)
     assert driver.execute_script("return document.querySelector('.growing') !== null"), "it still streamed"
     assert driver.execute_script(BOX) == "and what is that?"
     driver.find_element("id", "stop").click()
     answered(driver)
     assert "stopped" in driver.execute_script(CONVERSATION)
     assert driver.execute_script(BOX) == "and what is that?"
-    # What failed comes back, but not over what was typed since.
-    driver.execute_script("document.querySelector('#question textarea').value = ''")
-    box.send_keys("x")
-    box.send_keys("\b")
-    driver.find_element("id", "send").click()
-    until(driver, "return document.querySelector('#status').innerText.includes('question is empty')")
 
 
 def test_every_mode_can_be_ticked_and_asked(driver, address, pictures):

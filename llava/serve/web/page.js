@@ -1,5 +1,17 @@
 // Runs once, when the page has been built: what gradio's own controls cannot do.
 () => {
+  // Until everything has its place the page is not shown (`UNTIL_BUILT` in page.py), so that nothing jumps.
+  let height = 0;
+  let steady = 0;
+  const watch = setInterval(() => {
+    const now = document.querySelector("#settings")?.getBoundingClientRect().top ?? 0;
+    steady = now && now === height ? steady + 1 : 0;
+    height = now;
+    if (steady < 3) return;
+    clearInterval(watch);
+    document.documentElement.classList.add("is-built");
+  }, 50);
+
   // A theme that was chosen here before; else gradio follows the system, or ?__theme=.
   const saved = localStorage.getItem("visipruner-theme");
   if (saved && !new URLSearchParams(location.search).has("__theme"))

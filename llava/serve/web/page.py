@@ -19,6 +19,15 @@ MAX_UPLOAD = "20mb"
 HERE = Path(__file__).parent
 TITLE = "Ask about a picture · VisiPruner"
 
+# gradio builds the page piece by piece. Should its end never be reported, it is shown all the same.
+UNTIL_BUILT = """<style>
+html:not(.is-built) gradio-app { visibility: hidden; animation: built 0s 15s forwards; }
+html:not(.is-built)::before { content: "Opening the page …"; position: fixed; inset: 40vh 0 auto; text-align: center;
+  font: 1rem system-ui, sans-serif; color: gray; animation: gone 0s 15s forwards; }
+@keyframes built { to { visibility: visible; } }
+@keyframes gone { to { visibility: hidden; } }
+</style>"""
+
 # What happens in the browser alone, at once: nothing that is typed meanwhile can get lost.
 ASK = f"(asked, question) => [question, '', {show.status('Waiting for the model …')!r}]"
 PUT_BACK = "(question, returned) => question || returned"
@@ -281,6 +290,7 @@ def launch(web: WebChat, host: str, port: int, *, share: bool = False) -> gr.Blo
             footer_links=[],
             theme=theme,
             css_paths=HERE / "style.css",
+            head=UNTIL_BUILT,
             ssr_mode=False,
             quiet=True,
         )
