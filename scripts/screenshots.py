@@ -1,7 +1,7 @@
 """Screenshots of the web chat and of the report, made by a headless Chromium: ``docs/figures/{web_chat,report}*.png``.
 
-The shipped model answers questions about pictures that ship with it, on this machine. To be looked at after every change
-of a page (extra ``dev``, and Debian's chromium and chromium-driver):
+The shipped model answers questions about pictures that ship with it. To be looked at after every change of a page
+(extra ``dev``, and Debian's chromium and chromium-driver):
 
     python scripts/screenshots.py
 """

@@ -29,9 +29,10 @@ from llava.serve import gradio_pruning
 from llava.serve.gradio_pruning import example_pictures
 from llava.serve.web import show, state
 from llava.serve.web.late import LateModel
-from llava.serve.web.page import UploadedFile, build_page, launch
+from llava.serve.web.page import build_page, launch
 from llava.serve.web.settings import Settings, about, knobs_of
 from llava.serve.web.state import Exchange, Said, WebChat
+from llava.serve.web.upload import UploadedFile
 from llava.utils import UserError
 
 OF_THE_MODEL = json.dumps(PRUNING)
@@ -113,7 +114,9 @@ def test_dense_and_compared_answers(web, pictures):
 def test_the_trace_of_each_answer_can_be_saved(web, pictures):
     session = begun(web, pictures["wide"])
     ask(web, session, "what", "compare")
-    found = re.findall(r"download='([^']+)' href='data:application/json;base64,([^']+)'", show.conversation(session.exchanges))
+    found = re.findall(
+        r"download='([^']+)' href='data:application/json;base64,([^']+)'", show.conversation(session.exchanges)
+    )
     assert [name for name, _ in found] == ["answer-1-dense.json", "answer-1-pruned.json"]
     saved = [json.loads(base64.b64decode(data)) for _, data in found]
     assert saved[0]["trace"] is None and saved[1] == json.loads(json.dumps(session.chat.last_answer.to_dict()))
@@ -261,7 +264,11 @@ def test_every_mode_has_defaults_that_are_valid(shipped, web, pictures, mode):
 def test_every_method_begins_with_a_config_for_this_model(shipped, name):
     assert shipped.check(shipped.start_of(name)).name == name
     told = about(name)
-    assert told.words.endswith(".") and len(told.words) < 500 and (told.link.startswith("https://arxiv.org") or not told.link)
+    assert (
+        told.words.endswith(".")
+        and len(told.words) < 500
+        and (told.link.startswith("https://arxiv.org") or not told.link)
+    )
     assert {knob for knob, _, _ in knobs_of(name, LAYERS)} == set(METHODS[name].__dataclass_fields__)
 
 
@@ -439,7 +446,9 @@ def answer_length(driver, tokens):
       for (const kind of ['input', 'change', 'blur']) box.dispatchEvent(new Event(kind, {bubbles: true}));
     };
     set(document.querySelector('#length input[type=number]'), arguments[0]);"""
-    driver.execute_script("if (!document.querySelector('#length')) document.querySelector('#settings > button').click()")
+    driver.execute_script(
+        "if (!document.querySelector('#length')) document.querySelector('#settings > button').click()"
+    )
     until(driver, "return document.querySelector('#length input[type=number]') !== null")
     driver.execute_script(script, tokens)
 
@@ -451,9 +460,9 @@ def test_the_page_stands_still_and_fits(driver, address, pictures, width, theme)
     time.sleep(0.5)
     moved = driver.execute_script("return window.shifts")
     assert all(distance <= 8 for distance, _ in moved), moved
-    across, down = WIDTHS[width]
+    _, down = WIDTHS[width]
     box = driver.execute_script("return document.querySelector('#question textarea').getBoundingClientRect().toJSON()")
-    assert 0 < box["top"] and box["bottom"] < down, "the question box is in sight"
+    assert box["top"] > 0 and box["bottom"] < down, "the question box is in sight"
     colours = "return getComputedStyle(document.querySelector('h1')).color.match(/\\d+/g).map(Number)"
     assert (sum(driver.execute_script(colours)) > 400) == (theme == "dark"), "light on dark, dark on light"
     # Everything that can be unfolded, a picture, and two answers beside each other.
@@ -465,7 +474,9 @@ def test_the_page_stands_still_and_fits(driver, address, pictures, width, theme)
     send(driver, "what is this")
     answered(driver, 2)
     driver.execute_script("document.querySelectorAll('details').forEach(each => each.open = true)")
-    overflow = driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    overflow = driver.execute_script(
+        "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    )
     assert overflow <= 0, "nothing to scroll sideways"
     first, second = (
         driver.execute_script(f"return document.querySelectorAll('.answer')[{n}].getBoundingClientRect().toJSON()")
@@ -540,7 +551,8 @@ def test_a_second_picture_does_not_show_the_first_ones_patches(driver, address, 
     upload(driver, pictures["wide"])
     send(driver, "what")
     answered(driver)
-    kept = "return [...document.querySelectorAll('#shown figure')].map(f => [f.innerText.trim(), !!f.querySelector('.kept')])"
+    said = "f => [f.innerText.trim(), !!f.querySelector('.kept')]"
+    kept = f"return [...document.querySelectorAll('#shown figure')].map({said})"
     ((name, has_kept),) = driver.execute_script(kept)
     assert name.startswith("wide.png") and "patches kept" in name and has_kept
     visible = "return getComputedStyle(document.querySelector('#shown .kept')).visibility"

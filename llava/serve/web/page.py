@@ -13,6 +13,7 @@ from llava.pruning.methods.visipruner import SINKS, STAGES
 from llava.serve.web import show
 from llava.serve.web.settings import MAX_CONFIG, about, as_text, knobs_of
 from llava.serve.web.state import MAX_QUESTION, RUNS, WebChat, WebSession
+from llava.serve.web.upload import UploadedFile
 from llava.utils import UserError
 
 MAX_UPLOAD = "20mb"
@@ -42,17 +43,6 @@ SWITCH_THEME = """() => {
   const dark = document.body.classList.toggle('dark');
   localStorage.setItem('visipruner-theme', dark ? 'dark' : 'light');
 }"""
-
-
-class UploadedFile(gr.File):
-    """A file that was uploaded. Unlike gradio's own it takes no URL for the server to fetch."""
-
-    is_template = True  # drawn by gradio as the class it extends
-
-    def move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        if url_or_file_path is not None and "://" in str(url_or_file_path):
-            raise gr.Error("files are not fetched from URLs; upload the file")
-        return super().move_resource_to_block_cache(url_or_file_path)
 
 
 def build_page(web: WebChat) -> gr.Blocks:
@@ -208,8 +198,12 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
     with gr.Row(elem_id="editor"):
         with gr.Column(visible=name == "visipruner", elem_id="knobs") as controls:
             shown = {
-                "mode": gr.CheckboxGroup(list(STAGES), value=list(knobs["mode"]), label="Stages (mode)", elem_id="mode"),
-                "shallow_mid_layer": gr.Slider(1, layers, knobs["shallow_mid_layer"], step=1, label="shallow_mid_layer"),
+                "mode": gr.CheckboxGroup(
+                    list(STAGES), value=list(knobs["mode"]), label="Stages (mode)", elem_id="mode"
+                ),
+                "shallow_mid_layer": gr.Slider(
+                    1, layers, knobs["shallow_mid_layer"], step=1, label="shallow_mid_layer"
+                ),
                 "layer_threshold": gr.Number(knobs["layer_threshold"], label="layer_threshold", step=0.001),
                 "tokens_threshold": gr.Number(knobs["tokens_threshold"], label="tokens_threshold", step=0.01),
                 "mid_deep_layer": gr.Slider(

@@ -1,7 +1,7 @@
 """The pruning configs that the page offers: of every method one that this model takes, and VisiPruner's knobs.
 
-The page's truth is JSON, as in a config file. VisiPruner's controls write into it and are set from it; the other methods
-are written in it, with their knobs listed beside.
+What counts is JSON, as in a config file. VisiPruner's controls write it and are set from it; other methods' configs are
+typed, with their knobs listed beside.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ class Settings:
         last = max(own.get("shallow_mid_layer", first), self.num_layers * 3 // 4)
         kept = {"keep": None} if "tokens_threshold" in own else {}
         usual = {each.name: each.default for each in fields(VisiPruner) if each.default is not MISSING}
-        layers = {"shallow_mid_layer": min(first, self.num_layers - 1), "mid_deep_layer": min(last, self.num_layers - 1)}
+        layers = {
+            "shallow_mid_layer": min(first, self.num_layers - 1),
+            "mid_deep_layer": min(last, self.num_layers - 1),
+        }
         return {**usual, **PUBLISHED.to_dict(), **layers, **kept, **own}
 
     def written(self, knobs: Mapping[str, Any]) -> str:

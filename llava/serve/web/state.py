@@ -109,9 +109,7 @@ class WebChat:
         self.examples = examples
         self.recommended: Any = model.checkpoint.pruning_config() if recommended is None else recommended
         is_remote = isinstance(self.recommended, RemoteConfig)
-        self.settings = (
-            None if is_remote else Settings(model.checkpoint, self.recommended, model.checkpoint.num_layers)
-        )
+        self.settings = None if is_remote else Settings(model.checkpoint, self.recommended, model.checkpoint.num_layers)
 
     @property
     def answers_at_once(self) -> int:
