@@ -17,3 +17,6 @@ ANSWER_INSTRUCTION = "Answer the question using a single word or phrase."
 
 SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / "tiny_llava"
 """The small model that comes with the package, in the original LLaVA layout."""
+
+API_KEY_VARIABLE = "VISIPRUNER_API_KEY"
+"""Environment variable with the key that the web chat sends to a server (`llava.serve.gradio_pruning --server`)."""

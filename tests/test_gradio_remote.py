@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,14 +15,17 @@ pytest.importorskip("gradio")
 
 from browser import chromium
 from PIL import Image
-from test_gradio import CONVERSATION, STATUS, send, until, upload
+from test_gradio import CONVERSATION, Page, answered, begun, free_port, opened, send, upload
 from test_serving_api import KEY, running
 
+from llava.constants import API_KEY_VARIABLE
 from llava.inference import GenerationOptions, Turn
 from llava.serve import gradio_pruning, remote
 from llava.serve.chat import ChatSession
-from llava.serve.gradio_pruning import WebChat, launch
-from llava.serve.remote import API_KEY_VARIABLE, RemoteModel
+from llava.serve.remote import RemoteModel
+from llava.serve.web.page import build_page, launch
+from llava.serve.web.show import conversation, in_short
+from llava.serve.web.state import WebChat
 from llava.serving import Request
 from llava.serving.protocol import Defaults
 from llava.utils import UserError
@@ -47,47 +50,53 @@ def expected(*turns: Turn, config="shipped", tokens=8):
 
 
 def ask(web, session, question=QUESTION, run="pruned", pruning="", tokens=8):
-    return list(web.ask(session, question, run, [], None, None, None, None, tokens, 0, pruning))
+    """The last status line."""
+    return list(web.ask(session, question, run, pruning, tokens, 0))[-1]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+def figures(session) -> str:
+    return in_short(session.chat.last_answer)
 
 
 def test_a_conversation_is_that_of_a_model_here(web):
-    session, shown, status = web.take_picture(None, IMAGES[0])
-    assert shown.size == Image.open(IMAGES[0]).size and not status.startswith("Error")
-    steps = ask(web, session)
-    partial = [step[1][-1]["content"] for step in steps[1:-1]]
+    session = begun(web, IMAGES[0])
+    (shown,) = session.shown
+    assert shown.image.size == Image.open(IMAGES[0]).size
+    partial = []
+    for _ in web.ask(session, QUESTION, "pruned", "", 8, 0):
+        partial.append(session.exchanges[-1].said[0].text)
     assert all(later.startswith(earlier) for earlier, later in pairwise(partial[:-1]))
     answer = expected(Turn(QUESTION, [picture(0)]))
-    _, messages, box, kept, status = steps[-1]
-    assert messages[1]["content"].startswith(answer.text + "\n") and box == ""
-    assert status.startswith(f"kept {answer.kept} of {answer.visual_tokens} visual tokens · FLOPs saved ")
-    assert f"{answer.flops_saved['executed']:.1%} (executed)" in status
-    assert kept.size == shown.size, "where the kept patches are, a server does not say"
+    assert partial[-1] == answer.text and not session.returned
+    saved = f"{answer.flops_saved['executed']:.0%} less computation"
+    assert figures(session).startswith(f"kept {answer.kept} of {answer.visual_tokens} visual tokens · {saved}")
+    assert f"{answer.flops_saved['executed']:.1%} ({answer.flops_saved['paper']:.1%} as the paper counts)" in (
+        conversation(session.exchanges)
+    )
+    assert shown.kept is None and "a server does not say" in shown.note
 
     # What was said before goes along, and a picture more.
-    web.take_picture(session, IMAGES[1])
-    status = ask(web, session, "Is there a red shape?")[-1][4]
+    web.take_pictures(session, [IMAGES[1]])
+    ask(web, session, "Is there a red shape?")
     second = expected(Turn(QUESTION, [picture(0)], said=answer.text), Turn("Is there a red shape?", [picture(1)]))
     assert session.chat.last_answer.text == second.text
-    assert status.startswith(f"kept {second.kept} of {second.visual_tokens} ")
+    assert figures(session).startswith(f"kept {second.kept} of {second.visual_tokens} ")
 
 
 def test_configs_are_sent_along(web):
-    session, _, _ = web.take_picture(None, IMAGES[2])
-    status = ask(web, session, pruning=VTW)[-1][4]
+    session = begun(web, IMAGES[2])
+    ask(web, session, pruning=VTW)
     answer = expected(Turn(QUESTION, [picture(2)]), config={"method": "vtw", "layer": 6})
     assert session.chat.last_answer.text == answer.text
-    assert status.startswith(f"kept {answer.kept} of {answer.visual_tokens} visual tokens")
-    assert f"{answer.flops_saved['executed']:.1%} (executed)" in status
+    assert figures(session).startswith(f"kept {answer.kept} of {answer.visual_tokens} visual tokens")
+    assert f"{answer.flops_saved['executed']:.0%} less computation" in figures(session)
 
-    status = ask(web, web.take_picture(None, IMAGES[2])[0], run="dense")[-1][4]
-    assert status.startswith("dense: all 144 visual tokens")
-    messages = ask(web, web.take_picture(None, IMAGES[2])[0], run="compare")[-1][1]
-    assert messages[-2]["content"].startswith("Dense: ") and messages[-1]["content"].startswith("Pruned (")
+    session = begun(web, IMAGES[2])
+    ask(web, session, run="dense")
+    assert figures(session).startswith("dense: all 144 visual tokens")
+    session = begun(web, IMAGES[2])
+    ask(web, session, run="compare")
+    assert [said.label for said in session.exchanges[0].said] == ["Dense", "Pruned"]
 
 
 @pytest.mark.parametrize(
@@ -101,20 +110,20 @@ def test_configs_are_sent_along(web):
     ],
 )
 def test_a_wrong_config_loses_nothing(web, pruning, words):
-    session, _, _ = web.take_picture(None, IMAGES[0])
-    _, messages, box, _, status = ask(web, session, pruning=pruning)[-1]
+    session = begun(web, IMAGES[0])
+    status = ask(web, session, pruning=pruning)
     assert status.startswith("Error: ") and words in status and "\n" not in status
-    assert (messages, box) == ([], QUESTION) and session.chat.waiting
+    assert (session.exchanges, session.returned) == ([], QUESTION) and session.chat.waiting
 
 
 def test_a_server_that_goes_away(server):
     with running() as other:
         web = WebChat(RemoteModel(other.url + "/v1/", KEY), {})
-        session, _, _ = web.take_picture(None, IMAGES[0])
-        assert ask(web, session)[-1][4].startswith("dense") is False
-    _, messages, box, _, status = ask(web, session, "and now")[-1]
+        session = begun(web, IMAGES[0])
+        assert ask(web, session) == "Ready."
+    status = ask(web, session, "and now")
     assert status.startswith(f"Error: the server {other.url} cannot be reached (") and "is it running?" in status
-    assert len(messages) == 2 and box == "and now"
+    assert len(session.exchanges) == 1 and session.returned == "and now"
 
 
 def test_stop_hangs_up(server, web, monkeypatch):
@@ -123,20 +132,20 @@ def test_stop_hangs_up(server, web, monkeypatch):
         return "x", "length" if len(answer.ids) >= answer.limit else None
 
     monkeypatch.setattr("llava.serving.engine.Engine.accept", accept)
-    session, _, _ = web.take_picture(None, IMAGES[0])
-    steps = web.ask(session, QUESTION, "pruned", [], None, None, None, None, 512, 0, "")
+    session = begun(web, IMAGES[0])
+    steps = web.ask(session, QUESTION, "pruned", "", 512, 0)
     for _ in range(4):
         next(steps)
     session.stop.set()
-    status = list(steps)[-1][4]
-    assert status.startswith("no figures from the server · ") and status.endswith("stopped")
+    list(steps)
+    assert figures(session) == "no figures from the server · stopped"
     assert session.chat.last_answer.text.startswith("xx")
     server.settled()
 
 
 def test_many_at_once_share_the_model(server, web):
     assert web.answers_at_once > 1
-    sessions = [web.take_picture(None, IMAGES[number])[0] for number in range(4)]
+    sessions = [begun(web, IMAGES[number]) for number in range(4)]
     threads = [threading.Thread(target=ask, args=(web, session)) for session in sessions]
     for thread in threads:
         thread.start()
@@ -210,17 +219,16 @@ def test_openais_key_is_not_given_away(server, monkeypatch):
 
 def test_the_program_loads_no_model(server, monkeypatch, tmp_path):
     served = []
-    monkeypatch.setattr(gradio_pruning, "launch", lambda web, host, port, share: served.append(web))
-    monkeypatch.setattr(gradio_pruning, "LoadedModel", None)
-    monkeypatch.setattr(gradio_pruning, "open_checkpoint", None)
+    monkeypatch.setattr("llava.serve.web.page.launch", lambda web, host, port, share: served.append(web) or Page())
+    monkeypatch.setattr("llava.inference.open_checkpoint", None)
     monkeypatch.setenv(API_KEY_VARIABLE, KEY)
     (tmp_path / "config.json").write_text(VTW)
     assert gradio_pruning.main(["--server", server.url, "--pruning-config", f"@{tmp_path}/config.json"]) == 0
     (web,) = served
     assert web.recommended.settings == {"method": "vtw", "layer": 6}
-    page = gradio_pruning.build_page(web).get_config_file()
+    page = build_page(web).get_config_file()
     (box,) = (each["props"] for each in page["components"] if each["props"].get("elem_id") == "pruning")
-    assert box["visible"] and box["value"] == VTW
+    assert json.loads(box["value"]) == web.recommended.settings
     with pytest.raises(UserError, match="--server and --device exclude each other"):
         gradio_pruning.main(["--server", server.url, "--device", "cpu"])
 
@@ -228,23 +236,22 @@ def test_the_program_loads_no_model(server, monkeypatch, tmp_path):
 # -- in a browser ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_people_share_one_model(web):
-    port = free_port()
-    page = launch(web, "127.0.0.1", port, block=False)
+    page = launch(web, "127.0.0.1", free_port())
     try:
         with chromium() as one, chromium() as two:
             for driver, number in ((one, 0), (two, 1)):
-                driver.get(f"http://127.0.0.1:{port}")
+                opened(driver, page.local_url)
                 upload(driver, IMAGES[number])
-                until(driver, "return document.querySelector('#status textarea').value.startsWith('Ask')")
             for driver in (one, two):
                 send(driver, QUESTION)
             for driver, number in ((one, 0), (two, 1)):
-                until(driver, "return document.querySelector('#status textarea').value.includes('visual tokens')")
+                answered(driver)
                 answer = expected(Turn(QUESTION, [picture(number)]), tokens=128)
-                assert answer.text in driver.execute_script(CONVERSATION)
-                words = f"kept {answer.kept} of {answer.visual_tokens} visual tokens"
-                assert driver.execute_script(STATUS).startswith(words)
-            assert f"[{IMAGES[0].name}]" not in two.execute_script(CONVERSATION)
+                said = driver.execute_script(CONVERSATION)
+                assert answer.text in said
+                assert f"kept {answer.kept} of {answer.visual_tokens} visual tokens" in said
+            assert IMAGES[0].name not in two.execute_script(CONVERSATION)
     finally:
-        page.close()
+        page.close(verbose=False)

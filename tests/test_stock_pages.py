@@ -151,21 +151,18 @@ def test_the_report_page_lists_what_it_cannot_draw(chat, photo, nowhere) -> None
 
 def test_the_web_chat(chat, photo) -> None:
     pytest.importorskip("gradio")
-    from llava.serve.gradio_pruning import WebChat
+    from llava.serve.web.state import WebChat
 
     web = WebChat(chat, {})
-    session, shown, status = web.take_picture(None, photo)
-    assert shown.size == SIZE and not status.startswith("Error")
-    numbers = (CONFIG["shallow_mid_layer"], CONFIG["layer_threshold"], CONFIG["tokens_threshold"], None)
-    for question, wide in (("what is this", True), ("and this", False)):
-        if not wide:
-            session, _, _ = web.take_picture(session, _portrait(photo))
-        *_, (session, messages, _, kept, status) = web.ask(session, question, "pruned", CONFIG["mode"], *numbers, 2, 0)
-        assert status.startswith("kept "), status
-        assert (kept.width > kept.height) == wide
-    assert len(messages) == 4 and len(session.chat.turns) == 2
+    session = web.new_session()
+    assert not web.take_pictures(session, [photo]).startswith("Error") and session.shown[0].image.size == SIZE
+    for question in ("what is this", "and this"):
+        assert list(web.ask(session, question, "pruned", json.dumps(CONFIG), 2, 0))[-1] == "Ready."
+        assert [one.kept.width > one.kept.height for one in session.shown] == [True, False][: len(session.shown)]
+        web.take_pictures(session, [_portrait(photo)])
+    assert len(session.exchanges) == 2 == len(session.chat.turns)
 
-    # The newest picture's rows are the last of the conversation's.
+    # A conversation's rows are those of its pictures, in order.
     maps = patch_maps(chat.checkpoint, session.chat.last_prompt())
     assert sum(len(each.boxes) for each in maps) == session.chat.last_answer.visual_tokens
 
@@ -176,30 +173,31 @@ def _portrait(photo):
     return path
 
 
-def test_the_web_page_is_built_for_it(folder, monkeypatch) -> None:
+def test_the_web_page_is_built_for_it(folder) -> None:
     pytest.importorskip("gradio")
-    from llava.serve import gradio_pruning
+    from llava.inference import LoadOptions, open_checkpoint
+    from llava.serve.web.late import LateModel
+    from llava.serve.web.page import build_page
+    from llava.serve.web.state import WebChat
 
-    served = []
-    monkeypatch.setattr(gradio_pruning, "launch", lambda web, host, port, share: served.append(web))
-    assert gradio_pruning.main(["--model-path", str(folder), "--device", "cpu"]) == 0
-    (web,) = served
+    web = WebChat(LateModel(open_checkpoint(folder), LoadOptions(device="cpu")), {})
     assert web.recommended.shallow_mid_layer == 2  # 6 of 32, for 8 layers
-    assert "idefics3" in json.dumps(gradio_pruning.build_page(web).get_config_file(), default=str)
+    assert "idefics3" in json.dumps(build_page(web).get_config_file(), default=str)
 
 
 def test_the_web_chat_lists_what_it_cannot_draw(chat, photo, nowhere) -> None:
     pytest.importorskip("gradio")
-    from llava.serve.gradio_pruning import WebChat
+    from llava.serve.web.state import WebChat
 
     web = WebChat(chat, {})
-    session, _, _ = web.take_picture(None, photo)
-    numbers = (CONFIG["shallow_mid_layer"], CONFIG["layer_threshold"], CONFIG["tokens_threshold"], None)
-    *_, (session, _, _, kept, status) = web.ask(session, "what is this", "pruned", CONFIG["mode"], *numbers, 2, 0)
-    assert kept.size == SIZE, "the picture as it is"
+    session = web.new_session()
+    web.take_pictures(session, [photo])
+    assert list(web.ask(session, "what is this", "pruned", json.dumps(CONFIG), 2, 0))[-1] == "Ready."
+    (shown,) = session.shown
+    assert shown.kept is None, "the picture as it is"
     trace = session.chat.last_answer.trace
     listed = [trace.visual_positions.index(position) for position in trace.kept_positions]
-    assert status.endswith(f"of {trace.num_visual}: {', '.join(map(str, listed)) or 'none'}")
+    assert shown.note.endswith(f"of {trace.num_visual}: {', '.join(map(str, listed)) or 'none'}")
 
 
 def test_the_last_prompt_is_the_one_that_was_answered(chat, photo) -> None:

@@ -20,12 +20,12 @@ from typing import Any
 
 from PIL import Image
 
+from llava.constants import API_KEY_VARIABLE
 from llava.errors import missing_extra
 from llava.images import load_image
 from llava.inference import Answer, Clock, GenerationOptions, Picture, Turn
 from llava.utils import UserError, clean_text
 
-API_KEY_VARIABLE = "VISIPRUNER_API_KEY"
 _TIMEOUT = 600.0  # seconds without a word from the server: its queue may be long
 _LARGEST_PNG = 4 * 2**20  # bytes; servers limit a request's, and a photo's PNG is several times its JPEG
 
