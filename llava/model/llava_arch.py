@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,7 +38,7 @@ from llava.mm_utils import Size, get_anyres_image_grid_shape, merge_type, unpadd
 from llava.model import checkpoint
 from llava.model.key_mapping import module_names, original_name
 from llava.model.vision import VisionTower, build_projector, has_vision_tower
-from llava.pruning import Method, PruningTrace, call_lock, prune
+from llava.pruning import Method, PruningRun, PruningTrace, call_lock, open_run, prune
 from llava.pruning.generation import Generation
 from llava.utils import UserError
 
@@ -121,6 +123,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     config_class: Any = LlavaConfig
     decoder_class: Any = LlamaModel
+    labels_follow_rows = True  # so that they may be given while rows are pruned
     _last_pruning_traces: tuple[PruningTrace, ...] = ()
     sampling_settings: Mapping[str, float] = MappingProxyType({})
     """What the checkpoint's generation_config.json says of sampling without turning it on; used by callers who do."""
@@ -389,18 +392,24 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 position_ids = spliced.position_ids
         if is_prefill and visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
+        run = None if labels is None else open_run(self)
         # Attention functions take keywords that they do not know, so without an engine the mask goes unread.
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
+            labels=labels if run is None else None,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if run is not None and labels is not None:
+            targets = _targets(labels, run).to(outputs.logits.device)
+            vocabulary = self.config.vocab_size
+            outputs.loss = self.loss_function(outputs.logits, None, vocabulary, shift_labels=targets, **kwargs)
+        return outputs
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -535,6 +544,21 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _targets(labels: torch.Tensor, run: PruningRun) -> torch.Tensor:
+    """What each row that is left has to predict: the label of the row that was behind it in the whole prompt.
+
+    ``labels`` are those of all rows, ``[B, N]``, left-padded; so are the targets, ``[B, longest]``. What only a row
+    that left could have predicted, nobody does.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    targets = []
+    for own, trace, left in zip(following, run.traces, run.rows_left, strict=True):
+        positions = torch.from_numpy(left).to(own.device)
+        own = own[len(own) - trace.num_rows :]
+        targets.append(own[positions.clamp(min=0)].masked_fill(positions < 0, IGNORE_INDEX))
+    return pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX, padding_side="left")
 
 
 class _WithoutPrompt(BaseStreamer):

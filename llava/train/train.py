@@ -25,6 +25,7 @@ from llava.model.builder import load_for_training
 from llava.train import stages
 from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import ConversationDataset, Sample, collate, read_samples, split
+from llava.train.pruned import method_for_training
 from llava.train.stages import Stage
 from llava.train.trainer import LlavaTrainer
 from llava.utils import UserError, run_main
@@ -50,6 +51,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         UserError: one line that says what is wrong; all that can be, before weights are read.
     """
     stage = Stage.of(model_args, training_args)
+    pruning = method_for_training(training_args.pruning_config)
     resumed = _where_to_resume(model_args, training_args)
     skip_bad = data_args.on_bad_sample == "skip"
     samples = read_samples(data_args.data_path, data_args.image_folder, skip_bad)
@@ -62,6 +64,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     set_seed(training_args.seed)
     tokenizer, model, image_processor, _ = _load(stage, model_args, data_args, training_args)
+    if pruning is not None:
+        pruning.validate_for(model.config.num_hidden_layers)
     mode = _template(model_args, model.config)
     training_data, evaluation_data = (
         _dataset(part, mode, tokenizer, image_processor, model, training_args, skip_bad) for part in (samples, held_out)
@@ -73,6 +77,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     trainer = LlavaTrainer(
         stage,
+        pruning,
         tokenizer,
         image_processor,
         model=model,

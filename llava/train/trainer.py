@@ -1,4 +1,4 @@
-"""transformers' Trainer, told LLaVA's order of samples, the learning rate of its projector, and the files of a stage."""
+"""transformers' Trainer, told LLaVA's order of samples, its learning rate for the projector, and a stage's files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from llava.pruning import Method
 from llava.train import stages
 from llava.train.data import ConversationDataset
 
@@ -54,12 +55,15 @@ class LlavaTrainer(Trainer):
 
     Args:
         stage: whose weights are trained, saved and resumed.
+        pruning: prunes every forward, of held-out samples too.
         tokenizer, image_processor: saved beside the weights.
     """
 
-    def __init__(self, stage: stages.Stage, tokenizer: Any, image_processor: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, stage: stages.Stage, pruning: Method | None, tokenizer: Any, image_processor: Any, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.stage, self.tokenizer, self.image_processor = stage, tokenizer, image_processor
+        self.stage, self.pruning, self.tokenizer, self.image_processor = stage, pruning, tokenizer, image_processor
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -83,6 +87,10 @@ class LlavaTrainer(Trainer):
                     group["params"] = [parameter for parameter in group["params"] if parameter not in projector]
                     optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        return prepared if self.pruning is None else {**prepared, "pruning_config": self.pruning}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
