@@ -328,6 +328,14 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         numbers = torch.zeros_like(row_ids).masked_scatter(attention, of_ids.repeat_interleave(counts.flatten()))
         return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids, counts)
 
+    def _embed_beside_a_picture(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Rows ``[B, T, H]`` of prompts without a picture, to which a black one adds 0: in distributed training every
+        process has to come by the same weights."""
+        side = self._require_tower().image_size
+        rows = self.model.language_model.embed_tokens(input_ids)
+        black = torch.zeros(1, 3, side, side, device=rows.device)
+        return rows + 0 * self.encode_images(black).sum().to(rows)
+
     # --- forward and generate ---
 
     def forward(
@@ -384,6 +392,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if is_prefill and input_ids is not None:
             if images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
                 visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+                if self.training and torch.distributed.is_initialized() and self.get_vision_tower() is not None:
+                    input_ids, inputs_embeds = None, self._embed_beside_a_picture(input_ids)
             else:
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
                 labels = None if labels is None else spliced.labels(labels)
