@@ -9,8 +9,8 @@ import weakref
 
 import pytest
 import torch
-from family_reference import Hidden, Recorder, between, masks_hide
 from family_models import family_model
+from family_reference import Hidden, Recorder, between, masks_hide
 from naive import NaiveResult, naive_generate
 from transformers import DynamicCache, StaticCache
 

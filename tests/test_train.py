@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -155,12 +156,9 @@ def test_fifty_steps_equal_a_plain_loop_over_the_same_batches(parts, tmp_path) -
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, weight_decay=0.0)
     samples = read_samples(parts / "questions.json", parts / "images")
     dataset = ConversationDataset(samples, "v1", tokenizer, image_processor, model, 512)
-    order = [number for epoch in range(10) for number in range(len(samples))]
-    batches = [order[start : start + 4] for start in range(0, len(order), 4)]
+    epoch = [range(len(samples))[start : start + 4] for start in range(0, len(samples), 4)]
     wanted = []
-    epoch_batches = [list(range(len(samples)))[start : start + 4] for start in range(0, len(samples), 4)]
-    batches = (epoch_batches * 10)[:50]
-    for batch in batches:
+    for batch in (epoch * 10)[:50]:
         terms, count = [], 0
         for number in batch:  # one sample at a time: no padding
             sample = dataset[number]
@@ -247,7 +245,11 @@ def test_names_of_files_and_weights_are_llavas(trained) -> None:
     extras = torch.load(trained["lora"][1] / "non_lora_trainables.bin", weights_only=True)
     assert set(extras) == {f"base_model.model.{name}" for name in projector}
     config = json.loads((trained["lora"][1] / "config.json").read_text())
-    assert (config["conv_mode"], config["mm_projector_type"], config["image_aspect_ratio"]) == ("v1", "mlp2x_gelu", "pad")
+    assert (config["conv_mode"], config["mm_projector_type"], config["image_aspect_ratio"]) == (
+        "v1",
+        "mlp2x_gelu",
+        "pad",
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -328,7 +330,9 @@ def test_bad_samples_are_named_and_skipped_or_refused(parts, tmp_path, caplog) -
         "no picture": {"image": "nowhere.png", "conversations": said("<image>", "a cat")},
         "no answer": {"conversations": said("what is this")},
         "no slot": {"image": "0.png", "conversations": said("what is this", "a cat")},
-        "same twice": {"conversations": [*said("a", "b"), {"from": "gpt", "value": "c"}, {"from": "gpt", "value": "d"}]},
+        "same twice": {
+            "conversations": [*said("a", "b"), {"from": "gpt", "value": "c"}, {"from": "gpt", "value": "d"}]
+        },
         "no text": {"conversations": [{"from": "human"}, {"from": "gpt", "value": "c"}]},
         "nothing": {},
     }
@@ -338,7 +342,9 @@ def test_bad_samples_are_named_and_skipped_or_refused(parts, tmp_path, caplog) -
         samples = read_samples(file, parts / "images")
     assert [sample.name for sample in samples] == ["good"]
     assert all(name in caplog.text for name in bad)
-    with pytest.raises(UserError, match="6 samples cannot be used; the first, no picture: a picture that does not exist"):
+    with pytest.raises(
+        UserError, match="6 samples cannot be used; the first, no picture: a picture that does not exist"
+    ):
         read_samples(file, parts / "images", skip_bad=False)
     write_json(file, [bad["nothing"]])
     with pytest.raises(UserError, match="no sample that can be used"):
@@ -434,7 +440,10 @@ REFUSED = {
         "exclude each other",
     ),
     "evaluation of nothing": (("--evaluation_strategy", "steps"), "--eval_data_path or --eval_fraction"),
-    "a projector of another size": (("--mm_projector_type", "mlp3x_gelu", "--pretrain_mm_mlp_adapter", "{bin}"), "missing"),
+    "a projector of another size": (
+        ("--mm_projector_type", "mlp3x_gelu", "--pretrain_mm_mlp_adapter", "{bin}"),
+        "missing",
+    ),
 }
 
 
@@ -447,8 +456,10 @@ def test_bad_input_is_refused_before_weights_are_read(flags, message, parts, tra
 
     monkeypatch.setattr(builder.model_class(tiny_model().config), "from_pretrained", Reads.from_pretrained)
     places = {"llava": parts / "llava", "bin": trained["projector"][1] / "mm_projector.bin"}
+    for name, place in places.items():
+        flags = [flag.replace(f"{{{name}}}", str(place)) for flag in flags]
     with pytest.raises(UserError, match=message):
-        train(*parse(command(parts, tmp_path / "out", *(flag.format(**places) if "{" in flag and '"' not in flag else flag for flag in flags))))
+        train(*parse(command(parts, tmp_path / "out", *flags)))
 
 
 def test_four_bits_are_refused_without_bitsandbytes(parts, tmp_path) -> None:
@@ -495,11 +506,11 @@ def test_scripts_have_llavas_numbers_and_take_flags_at_their_end(name, tmp_path)
     settings = {"PYTHON": str(python), "DATA": "data.json", "PATH": os.environ["PATH"], "OUTPUT": "out"}
     call = ["bash", SCRIPTS / f"{name}.sh", "--max_steps", "5"]
     words = subprocess.run(call, env=settings, check=True, capture_output=True, text=True).stdout.split("\n")
-    flags = {word[2:]: value for word, value in zip(words, words[1:], strict=False) if word.startswith("--")}
+    flags = {word[2:]: value for word, value in pairwise(words) if word.startswith("--")}
     batch = int(flags["per_device_train_batch_size"]) * int(flags["gradient_accumulation_steps"])
     assert {**flags, "batch": batch}.items() >= {**NUMBERS[name], **ALWAYS}.items()
     assert (flags["data_path"], flags["output_dir"], flags["max_steps"]) == ("data.json", "out", "5")
-    model, data, training = parse([w for w in words[words.index("llava.train.train") + 1 :] if w])
+    training = parse([w for w in words[words.index("llava.train.train") + 1 :] if w])[2]
     assert training.get_warmup_steps(1000) == 30
 
 

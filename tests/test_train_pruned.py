@@ -115,9 +115,7 @@ def masked_logits(model, rows, visual, trace, method):
 def test_loss_and_gradients_equal_those_of_a_masked_run_at_full_length(config) -> None:
     model = make_model()
     rows, mask, visual, labels = make_batch()
-    loss = model(
-        inputs_embeds=rows, attention_mask=mask, visual_mask=visual, labels=labels, pruning_config=config
-    ).loss
+    loss = model(inputs_embeds=rows, attention_mask=mask, visual_mask=visual, labels=labels, pruning_config=config).loss
     traces = model.last_pruning_traces
     parameters = [*model.parameters(), rows]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -24,7 +24,6 @@ def method_for_training(config: str | None) -> Method | None:
         return None
     for step in getattr(method, "steps", (method,)):
         if step.name not in TRAINABLE:
-            raise UserError(
-                f"--pruning_config: {step.name!r} cannot be trained with; {', '.join(TRAINABLE)} can, and chains of them"
-            )
+            known = ", ".join(TRAINABLE)
+            raise UserError(f"--pruning_config: {step.name!r} cannot be trained with; {known} can, and chains of them")
     return method
