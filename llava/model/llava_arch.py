@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,12 +33,12 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import Size, get_anyres_image_grid_shape, merge_type, unpadded_box
 from llava.model import checkpoint
 from llava.model.key_mapping import module_names, original_name
 from llava.model.vision import VisionTower, build_projector, has_vision_tower
-from llava.pruning import Method, PruningTrace, call_lock, prune
+from llava.pruning import Method, PruningRun, PruningTrace, call_lock, open_run, prune
 from llava.pruning.generation import Generation
 from llava.utils import UserError
 
@@ -68,6 +70,7 @@ class SplicedInputs:
         image_numbers: int64 ``[B, N]``, on rows that came from an image (newline rows included) its number, from 1
             through the batch; 0 on others.
         input_ids: int64 ``[B, N]``, the id each row came from: ``IMAGE_TOKEN_INDEX`` on visual rows, 0 on padding.
+        rows_per_id: int64 ``[B, T]``, how many rows each prompt id became; 0 on the prompts' padding.
     """
 
     inputs_embeds: torch.Tensor
@@ -75,6 +78,16 @@ class SplicedInputs:
     position_ids: torch.Tensor
     image_numbers: torch.Tensor
     input_ids: torch.Tensor
+    rows_per_id: torch.Tensor
+
+    def labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels ``[B, T]`` of the prompts' ids as labels ``[B, N]`` of the rows; images and padding have none."""
+        counts = self.rows_per_id.flatten()
+        of_rows = torch.full_like(self.input_ids, IGNORE_INDEX)
+        of_rows = of_rows.masked_scatter(
+            self.attention_mask.bool(), labels.to(counts.device).flatten().repeat_interleave(counts)
+        )
+        return of_rows.masked_fill(self.visual_mask, IGNORE_INDEX)
 
     @property
     def visual_mask(self) -> torch.Tensor:
@@ -110,6 +123,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     config_class: Any = LlavaConfig
     decoder_class: Any = LlamaModel
+    labels_follow_rows = True  # so that they may be given while rows are pruned
     _last_pruning_traces: tuple[PruningTrace, ...] = ()
     sampling_settings: Mapping[str, float] = MappingProxyType({})
     """What the checkpoint's generation_config.json says of sampling without turning it on; used by callers who do."""
@@ -312,7 +326,15 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
         of_ids = is_image.flatten().cumsum(dim=0) * is_image.flatten()
         numbers = torch.zeros_like(row_ids).masked_scatter(attention, of_ids.repeat_interleave(counts.flatten()))
-        return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids)
+        return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids, counts)
+
+    def _embed_beside_a_picture(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Rows ``[B, T, H]`` of prompts without a picture, to which a black one adds 0: in distributed training every
+        process has to come by the same weights."""
+        side = self._require_tower().image_size
+        rows = self.model.language_model.embed_tokens(input_ids)
+        black = torch.zeros(1, 3, side, side, device=rows.device)
+        return rows + 0 * self.encode_images(black).sum().to(rows)
 
     # --- forward and generate ---
 
@@ -339,6 +361,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             images, image_sizes: see :meth:`image_rows`.
             inputs_embeds: ``[B, N, H]`` instead of ``input_ids``.
             visual_mask: bool ``[B, N]``, which rows of ``inputs_embeds`` are visual; read on prefill only.
+            labels: int64 ``[B, T]`` for ``input_ids`` (``[B, N]`` for rows already spliced), ``IGNORE_INDEX`` where
+                none is to be learnt; image rows have none.
             pruning_config: prune this call. The logits are those of the rows that survive; ``[:, -1]`` is the last
                 prompt row.
 
@@ -368,27 +392,34 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if is_prefill and input_ids is not None:
             if images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
                 visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+                if self.training and torch.distributed.is_initialized() and self.get_vision_tower() is not None:
+                    input_ids, inputs_embeds = None, self._embed_beside_a_picture(input_ids)
             else:
-                if labels is not None:
-                    raise UserError("labels cannot be given with images: image rows shift them; use the logits")
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
+                labels = None if labels is None else spliced.labels(labels)
                 input_ids, inputs_embeds = None, spliced.inputs_embeds
                 attention_mask, visual_mask = spliced.attention_mask, spliced.image_numbers
                 position_ids = spliced.position_ids
         if is_prefill and visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
+        run = None if labels is None else open_run(self)
         # Attention functions take keywords that they do not know, so without an engine the mask goes unread.
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
+            labels=labels if run is None else None,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if run is not None and labels is not None:
+            targets = _targets(labels, run).to(outputs.logits.device)
+            vocabulary = self.config.vocab_size
+            outputs.loss = self.loss_function(outputs.logits, None, vocabulary, shift_labels=targets, **kwargs)
+        return outputs
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -523,6 +554,21 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _targets(labels: torch.Tensor, run: PruningRun) -> torch.Tensor:
+    """What each row that is left has to predict: the label of the row that was behind it in the whole prompt.
+
+    ``labels`` are those of all rows, ``[B, N]``, left-padded; so are the targets, ``[B, longest]``. What only a row
+    that left could have predicted, nobody does.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    targets = []
+    for own, trace, left in zip(following, run.traces, run.rows_left, strict=True):
+        positions = torch.from_numpy(left).to(own.device)
+        own = own[len(own) - trace.num_rows :]
+        targets.append(own[positions.clamp(min=0)].masked_fill(positions < 0, IGNORE_INDEX))
+    return pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX, padding_side="left")
 
 
 class _WithoutPrompt(BaseStreamer):
