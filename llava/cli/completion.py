@@ -21,8 +21,8 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     commands = parser.add_subparsers()
     for name, command in COMMANDS.items():
         own = parser_of(command)
-        settings = {"parents": [own]} if own else {}
-        commands.add_parser(name, help=command.what, add_help=False, conflict_handler="resolve", **settings)
+        parents = [own] if own else []
+        commands.add_parser(name, help=command.what, add_help=False, conflict_handler="resolve", parents=parents)
     written: str = shtab.complete(parser, shell)
     return written
 
