@@ -89,7 +89,7 @@ class LlavaTrainer(Trainer):
         return optimizer
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        prepared = super()._prepare_inputs(inputs)
+        prepared = {**super()._prepare_inputs(inputs), "use_cache": False}
         return prepared if self.pruning is None else {**prepared, "pruning_config": self.pruning}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
