@@ -356,6 +356,14 @@ def test_bad_samples_are_named_and_skipped_or_refused(parts, tmp_path, caplog) -
         read_samples(file)
 
 
+def test_the_data_that_ships_can_be_used_as_a_whole() -> None:
+    folder = ROOT / "playground" / "data" / "train"
+    for file, turns in (("captions.json", 1), ("questions.json", 4)):
+        samples = read_samples(folder / file, folder / "images", skip_bad=False)
+        assert len(samples) == len(json.loads((folder / file).read_text())) > 150
+        assert max(len(sample.turns) for sample in samples) == turns
+
+
 def test_json_lines_are_read_too(tmp_path) -> None:
     file = tmp_path / "data.jsonl"
     lines = [json.dumps({"id": number, "conversations": said("what", "cat")}) for number in range(3)]

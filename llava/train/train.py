@@ -101,7 +101,7 @@ def _where_to_resume(model_args: ModelArguments, training_args: TrainingArgument
     Raises:
         UserError: the folder holds what must not be overwritten.
     """
-    folder = Path(training_args.output_dir).expanduser()
+    folder = Path(str(training_args.output_dir)).expanduser()
     if folder.exists() and folder.resolve() == Path(model_args.model_name_or_path).expanduser().resolve():
         raise UserError(f"--output_dir {folder} is the model that is trained; give another folder")
     if training_args.resume_from_checkpoint not in (None, "True", "False"):
