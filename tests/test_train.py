@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def test_fifty_steps_equal_a_plain_loop_over_the_same_batches(parts, tmp_path) -
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
-        wanted.append(float(loss))
+        wanted.append(loss.item())
     own = losses(tmp_path / "out")
     assert len(own) == 50
     assert own[-1] < 0.5 * own[0]
@@ -273,10 +274,14 @@ def test_the_second_stage_starts_from_the_projector_of_the_first(trained, parts,
         assert torch.equal(extras[f"base_model.model.{name}"], weight)
 
 
-def test_merged_weights_are_a_whole_checkpoint(trained, parts, tmp_path) -> None:
-    call = [sys.executable, ROOT / "scripts" / "merge_lora_weights.py", "--model-path", trained["lora"][1]]
+def test_merged_weights_are_a_whole_checkpoint(trained, parts, tmp_path, monkeypatch) -> None:
+    call = [ROOT / "scripts" / "merge_lora_weights.py", "--model-path", trained["lora"][1]]
     call += ["--model-base", parts / "lm", "--save-model-path", tmp_path / "merged"]
-    subprocess.run(list(map(str, call)), check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    monkeypatch.setattr(sys, "argv", list(map(str, call)))
+    for status in (0, 2):  # it overwrites nothing
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        assert end.value.code == status
     tokenizer, model, image_processor, _ = load_pretrained_model(tmp_path / "merged", device="cpu")
     expected = logits_of(trained["lora"][0].model, tokenizer, image_processor, parts)
     torch.testing.assert_close(logits_of(model, tokenizer, image_processor, parts), expected, atol=1e-4, rtol=0)
@@ -349,6 +354,14 @@ def test_bad_samples_are_named_and_skipped_or_refused(parts, tmp_path, caplog) -
     write_json(file, [bad["nothing"]])
     with pytest.raises(UserError, match="no sample that can be used"):
         read_samples(file)
+
+
+def test_the_data_that_ships_can_be_used_as_a_whole() -> None:
+    folder = ROOT / "playground" / "data" / "train"
+    for file, turns in (("captions.json", 1), ("questions.json", 4)):
+        samples = read_samples(folder / file, folder / "images", skip_bad=False)
+        assert len(samples) == len(json.loads((folder / file).read_text())) > 150
+        assert max(len(sample.turns) for sample in samples) == turns
 
 
 def test_json_lines_are_read_too(tmp_path) -> None:

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.pruning import Method, Read
+from llava.pruning import Method, Read, UnsupportedCallError
 
 HIDDEN, LAYERS = 32, 6
 LENGTHS = {"one image": (3, 12, 5), "two images": (2, 6, 3, 6, 4)}  # text and image take turns
@@ -135,3 +135,32 @@ def test_loss_and_gradients_equal_those_of_a_masked_run_at_full_length(config) -
             assert own is masked
         else:
             torch.testing.assert_close(own, masked, atol=1e-6, rtol=1e-5)
+
+
+def test_prompts_without_a_picture_learn_as_without_pruning() -> None:
+    model = make_model()
+    ids = torch.randint(53, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])  # padded on the right, as batches to train on are
+    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
+    dense = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    pruned = model(input_ids=ids, attention_mask=mask, labels=labels, pruning_config=CONFIGS["fastv"]).loss
+    torch.testing.assert_close(pruned, dense, atol=1e-6, rtol=0)
+
+
+def test_gradient_checkpointing_is_refused() -> None:
+    model = make_model()
+    model.gradient_checkpointing_enable()
+    rows, mask, visual, labels = make_batch()
+    with pytest.raises(UnsupportedCallError, match="--gradient_checkpointing False"):
+        model(inputs_embeds=rows, attention_mask=mask, visual_mask=visual, labels=labels, pruning_config=CONFIGS["vtw"])
+
+
+def test_a_target_that_only_a_row_that_left_could_give_is_nobodys() -> None:
+    model = make_model()
+    rows, mask, visual, labels = make_batch()
+    labels[0, -5] = 7  # of the first row behind the image
+    config = CONFIGS["deep"]
+    with_it = model(inputs_embeds=rows, attention_mask=mask, visual_mask=visual, labels=labels, pruning_config=config)
+    labels[0, -5] = IGNORE_INDEX
+    without = model(inputs_embeds=rows, attention_mask=mask, visual_mask=visual, labels=labels, pruning_config=config)
+    assert with_it.loss == without.loss

@@ -369,7 +369,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         The other arguments are transformers' own.
         """
         if pruning_config is not None:
-            with call_lock(self), prune(self, pruning_config) as run:
+            with call_lock(self), prune(self, pruning_config) as own_run:
                 outputs = self(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -384,16 +384,17 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                     visual_mask=visual_mask,
                     **kwargs,
                 )
-            self._last_pruning_traces = tuple(run.traces)
+            self._last_pruning_traces = tuple(own_run.traces)
             return outputs
         if images is not None and input_ids is None:
             raise UserError("images go with input_ids; rows in inputs_embeds already hold theirs")
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        run = None if labels is None else open_run(self)
         if is_prefill and input_ids is not None:
-            if images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+            if run is None and images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
                 visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
                 if self.training and torch.distributed.is_initialized() and self.get_vision_tower() is not None:
-                    input_ids, inputs_embeds = None, self._embed_beside_a_picture(input_ids)
+                    inputs_embeds, input_ids = self._embed_beside_a_picture(input_ids), None
             else:
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
                 labels = None if labels is None else spliced.labels(labels)
@@ -402,7 +403,6 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 position_ids = spliced.position_ids
         if is_prefill and visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
-        run = None if labels is None else open_run(self)
         # Attention functions take keywords that they do not know, so without an engine the mask goes unread.
         outputs = super().forward(
             input_ids=input_ids,

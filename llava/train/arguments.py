@@ -46,6 +46,7 @@ class DataArguments:
     data_path: str = field(metadata={"help": "LLaVA's JSON: a list of {id, image, conversations}; or JSON lines"})
     image_folder: str | None = flag(None, "folder that the pictures' names are relative to")
     image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the checkpoint's, else pad)")
+    image_grid_pinpoints: str | None = flag(None, "grids of anyres, a list of [width, height] in pixels")
     eval_data_path: str | None = flag(None, "held-out samples, whose loss is logged")
     eval_fraction: float = flag(0.0, "or this share of --data_path is held out")
     on_bad_sample: str = flag("skip", "what to do with samples that cannot be used: skip (and name them) or refuse")
@@ -129,6 +130,3 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     if training.eval_strategy != "no" and not (data.eval_data_path or data.eval_fraction):
         raise UserError("--eval_strategy needs held-out samples: --eval_data_path or --eval_fraction")
     return model, data, training
-
-
-__all__ = ["Arguments", "DataArguments", "ModelArguments", "TrainingArguments", "parse"]
