@@ -45,9 +45,10 @@ def exit_code_of(main: Callable[[], int | None], argv: Sequence[str]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        code = main() or 0
-        sys.stdout.flush()  # so that a closed pipe is met here
-        return code
+        try:
+            return main() or 0
+        finally:
+            sys.stdout.flush()  # so that a closed pipe is met here
     except BrokenPipeError:
         with suppress(OSError, ValueError):  # let the interpreter's last flush go nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

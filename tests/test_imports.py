@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"eval", "serve", "serving", *INFERENCE},
     "serving": INFERENCE,
     "serve": {"serving", "visualize", *INFERENCE},
-    "cli": INFERENCE,  # and the programs, by name
+    "cli": {"__init__", *INFERENCE},  # and the programs, by name
 }
 
 

@@ -52,7 +52,7 @@ def _without_command(argv: list[str]) -> int:
     if args.print_completion:
         from llava.cli.completion import script
 
-        print(script(args.print_completion))
+        print(script(parser, args.print_completion))
     else:
         parser.print_help()
     return 0

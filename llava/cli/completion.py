@@ -8,18 +8,21 @@ from typing import Any
 
 import shtab
 
-from llava.cli import build_parser
 from llava.cli.commands import COMMANDS, Command
 
 
-def script(shell: str) -> str:
-    """A completion script for bash, zsh or tcsh. Imports every program, which takes seconds."""
-    parser = build_parser()
+def script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """A completion script for bash, zsh or tcsh. Imports every program, which takes seconds.
+
+    Args:
+        parser: of `visipruner` itself; gets the commands.
+        shell: its name.
+    """
     commands = parser.add_subparsers()
     for name, command in COMMANDS.items():
         own = parser_of(command)
-        settings = {"parents": [own]} if own else {}
-        commands.add_parser(name, help=command.what, add_help=False, conflict_handler="resolve", **settings)
+        parents = [own] if own else []
+        commands.add_parser(name, help=command.what, add_help=False, conflict_handler="resolve", parents=parents)
     written: str = shtab.complete(parser, shell)
     return written
 

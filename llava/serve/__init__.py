@@ -1,2 +1,2 @@
-"""Talking to a model: `chat` is the conversation, `terminal` is the terminal around it,
-and `cli_pruning` and `cli` are the programs."""
+"""Talking to a model: `chat` is the conversation, `terminal` the terminal around it, `output` what that shows, and
+`cli_pruning` and `cli` are the programs."""

@@ -28,8 +28,13 @@ _LONGEST_WORD = 30  # a longer one is not waited for: some scripts have no space
 
 
 def notes() -> Console:
-    """Where everything goes that is no answer: standard error."""
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    """Where everything goes that nobody asked for: standard error."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
+
+
+def replies() -> Console:
+    """Where what was asked for goes: standard output."""
+    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 class Stream:
@@ -132,9 +137,9 @@ def show_trace(answer: Answer, console: Console) -> None:
             "smallest cosine: between the last row's attention output with all visual tokens and without the one "
             "that matters most; below layer_threshold the layer selects"
         )
-    console.print(f"kept positions (rows of the prompt): {trace.kept_positions}", markup=False)
+    console.print(f"kept positions (rows of the prompt): {trace.kept_positions}")
     for convention, fraction in answer.flops_saved.items():
-        console.print(f"FLOPs saved ({convention}): {fraction:.2%} – {CONVENTIONS[convention]}", markup=False)
+        console.print(f"FLOPs saved ({convention}): {fraction:.2%} – {CONVENTIONS[convention]}")
 
 
 # --- kept patches ---
@@ -158,7 +163,7 @@ def draw_kept(image: Image.Image, patches: PatchMap, kept: np.ndarray, console: 
         marks = "█·" if _can_write("█·", console) else "#."
         shown = np.asarray(mask.resize((width, height // 2), Image.Resampling.NEAREST))
         for line in shown:
-            console.print("".join(marks[0] if cell else marks[1] for cell in line), markup=False)
+            console.print("".join(marks[0] if cell else marks[1] for cell in line))
         return
     small = image.convert("RGB").resize((width, height), Image.Resampling.BOX)
     stays = mask.resize((width, height), Image.Resampling.NEAREST)
@@ -192,14 +197,14 @@ def show_patches(session: ChatSession, answer: Answer, console: Console) -> None
     for picture, patches in zip(prompt.pictures, patch_maps(session.model.checkpoint, prompt), strict=True):
         own = kept[begin : begin + len(patches.boxes)]
         begin += len(own)
-        console.print(clean_text(f"{picture.source}: {own.sum()} of {len(own)} patches kept"), markup=False)
+        console.print(clean_text(f"{picture.source}: {own.sum()} of {len(own)} patches kept"))
         draw_kept(picture.image, patches, own, console)
 
 
 def show_what_choosing_does(session: ChatSession, answer: Answer, console: Console) -> None:
     """Kept patches, what they saved, what as many patches drawn at random answer, and what to expect of speed."""
     show_patches(session, answer, console)
-    console.print(f"saved: {describe(answer)}", markup=False)
+    console.print(f"saved: {describe(answer)}")
     trace = answer.trace
     layers = len(answer.rows_per_layer)
     if trace is not None and trace.select_layer is not None and 0 < answer.kept < answer.visual_tokens:
@@ -213,8 +218,7 @@ def show_what_choosing_does(session: ChatSession, answer: Answer, console: Conso
             ]
             said = [session.model.answer(prompt, draw, session.options).text or "(nothing)" for draw in draws]
             console.print(
-                clean_text(f"as many patches drawn at random, {RANDOM_DRAWS} times, answer: {', '.join(said)}"),
-                markup=False,
+                clean_text(f"as many patches drawn at random, {RANDOM_DRAWS} times, answer: {', '.join(said)}")
             )
     say_what_speed_to_expect(session, console)
 
@@ -223,4 +227,4 @@ def say_what_speed_to_expect(session: ChatSession, console: Console) -> None:
     """One line where the model is too small for pruning to make it faster."""
     model = session.model
     if isinstance(model, LoadedModel) and (expectation := expected_speed(model.num_parameters)):
-        console.print(expectation, markup=False)
+        console.print(expectation)

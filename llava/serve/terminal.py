@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from rich.console import Console
 
 from llava.errors import EXIT_INTERRUPTED, UserError, clean_text, tell, to_json
 from llava.examples import outside_its_world
@@ -35,6 +34,7 @@ from llava.serve.output import (
     Stream,
     comparison_table,
     notes,
+    replies,
     say_what_speed_to_expect,
     show_patches,
     show_trace,
@@ -191,7 +191,7 @@ def _hint(session: ChatSession, question: str) -> None:
     """What to know before an answer that can only be a guess."""
     images = [picture.image for picture in session.pictures]
     if why := outside_its_world(session.model.checkpoint, question, images):
-        print(f"hint: {clean_text(why)}", file=sys.stderr, flush=True)
+        notes().print(clean_text(f"hint: {why}"))
 
 
 def _ask(session: ChatSession, question: str, compare: bool, *, streams: bool) -> tuple[Answer | Comparison, Answer]:
@@ -211,13 +211,13 @@ def _show(session: ChatSession, result: Answer | Comparison, debug: bool) -> Non
     """What follows an answer: its figures, or the table of a comparison; with ``debug`` the trace."""
     console = notes()
     if isinstance(result, Comparison):
-        Console(highlight=False).print(comparison_table(result))
+        replies().print(comparison_table(result))
         say_what_speed_to_expect(session, console)
         last = result.pruned
     else:
         if not result.text:
             console.print("(the answer is empty: the model ended it at once)")
-        console.print(f"[{describe(result)}]", markup=False)
+        console.print(f"[{describe(result)}]")
         last = result
     if debug:
         show_trace(last, console)
@@ -322,7 +322,7 @@ class Chat:
         pictures = [picture.source for picture in self.session.waiting]
         lines.append("pictures: " + ", ".join(pictures) if pictures else "no picture yet: /image PATH adds one")
         lines.append("Ask away. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-        print(clean_text("\n".join(lines)), file=sys.stderr)
+        notes().print(clean_text("\n".join(lines)))
 
     def _config_in_words(self) -> str:
         config = self.session.config
@@ -358,25 +358,25 @@ class Chat:
         picture = self.session.add_picture(source if is_url(source) else Path(source).expanduser())
         width, height = picture.image.size
         place = f"picture {len(self.session.pictures)} of the conversation, for the next question"
-        print(clean_text(f"{picture.source} ({width} × {height}): {place}"))
+        replies().print(clean_text(f"{picture.source} ({width} × {height}): {place}"))
 
     def _drop(self, argument: str) -> None:
         if argument and not argument.isdecimal():
             raise UserError(f"/drop takes a picture's number, not {argument!r}")
         dropped = self.session.drop_picture(int(argument) if argument else None)
         left = [picture.source for picture in self.session.pictures]
-        print(clean_text(f"dropped {dropped.source}; pictures: {', '.join(left) or 'none'}"))
+        replies().print(clean_text(f"dropped {dropped.source}; pictures: {', '.join(left) or 'none'}"))
 
     def _retry(self, argument: str) -> None:
         with self.session.asking_again() as question:
-            print(clean_text(f"> {question}"), file=sys.stderr)
+            notes().print(clean_text(f"> {question}"))
             self._ask(question)
 
     def _config(self, argument: str) -> None:
         if argument:
             given = changed_config(self.session.config, argument) if _CHANGE.match(argument) else argument
             self.session.set_config(given)
-        print("pruning:", self._config_in_words())
+        replies().print("pruning:", self._config_in_words())
 
     def _dense(self, argument: str) -> None:
         if self.session.config is not None:
@@ -385,7 +385,7 @@ class Chat:
             self.session.config = self._set_aside
         else:
             self.session.set_config(None)
-        print("pruning:", self._config_in_words())
+        replies().print("pruning:", self._config_in_words())
 
     def _last(self) -> Answer:
         if (answer := self.session.last_answer) is None:
@@ -393,17 +393,17 @@ class Chat:
         return answer
 
     def _patches(self, argument: str) -> None:
-        show_patches(self.session, self._last(), Console(highlight=False))
+        show_patches(self.session, self._last(), replies())
 
     def _trace(self, argument: str) -> None:
-        show_trace(self._last(), Console(highlight=False))
+        show_trace(self._last(), replies())
 
     def _save(self, argument: str, replace: bool = False) -> None:
         path = _file_named("/save", argument)
         if path.exists() and not replace:
             raise UserError(f"{path} exists; /save! {argument} replaces it")
         write_whole(path, to_json(self.session.to_dict()))
-        print(clean_text(f"wrote {path} (turns: {len(self.session.turns)})"))
+        replies().print(clean_text(f"wrote {path} (turns: {len(self.session.turns)})"))
 
     def _load(self, argument: str) -> None:
         path = _file_named("/load", argument)
@@ -415,9 +415,11 @@ class Chat:
             raise UserError(f"{path} is no conversation: not JSON") from error
         self.session.load(saved)
         count = len(self.session.turns)
-        print(clean_text(f"{path}: {count} turns, {len(self.session.pictures)} pictures; the next question goes on"))
+        replies().print(
+            clean_text(f"{path}: {count} turns, {len(self.session.pictures)} pictures; the next question goes on")
+        )
         if saved.get("model") != str(self.session.model.checkpoint.model_path):
-            print(clean_text(f"warning: these answers are of {saved.get('model')}"), file=sys.stderr)
+            notes().print(clean_text(f"warning: these answers are of {saved.get('model')}"))
 
     def _reset(self, argument: str) -> None:
         self.session.reset()
