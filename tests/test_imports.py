@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": MODEL,
     "eval": INFERENCE,
     "calibrate": {"eval", *INFERENCE},
-    "visualize": {"eval", *INFERENCE},
+    "visualize": {"__init__", "eval", *INFERENCE},
     "integrations": {"eval", "serve", "serving", *INFERENCE},
     "serving": INFERENCE,
     "serve": {"serving", "visualize", *INFERENCE},

@@ -153,8 +153,10 @@ def here(clone, monkeypatch) -> Iterator[Path]:
     monkeypatch.chdir(clone)
     monkeypatch.setenv("PATH", f"{clone / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    methods = dict(METHODS)
+    methods, files = dict(METHODS), set(clone.iterdir())
     yield clone
+    for made in set(clone.iterdir()) - files:  # a page does not find what another has left
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
     METHODS.clear()  # of those that a page registers
     METHODS.update(methods)
 

@@ -33,7 +33,7 @@ from llava.options import Parser, add_model_options, add_pruning_option, from_ar
 from llava.pruning.flops import CONVENTIONS
 from llava.utils import UserError, run_main, write_whole
 
-from .findings import SMALL_MODEL, Asked, findings, question_findings
+from .findings import SMALL_MODEL, Asked, Rows, findings, question_findings
 
 PICTURE_SIDE = 768
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ) from error
 
     chat = LoadedModel(checkpoint, from_arguments(LoadOptions, args))
-    rows = args.rows or ("last" if args.questions else "text")
+    rows: Rows = args.rows or ("last" if args.questions else "text")
     answered = [
         question_findings(chat, each, config, rows=rows, compare=args.compare, max_new_tokens=args.max_new_tokens)
         for each in tqdm(asked, desc="questions", file=sys.stderr, disable=True if len(asked) == 1 else None)
