@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from llava.errors import missing_extra
 from llava.model import checkpoint
 from llava.model.key_mapping import PROJECTOR, from_lora, module_names, original_name
 from llava.train.arguments import ModelArguments, TrainingArguments
-from llava.utils import UserError
 
 _PEFT = "base_model.model."  # in front of every name under PEFT
 _ADAPTER, _EXTRAS, _PROJECTOR = "adapter_model.safetensors", "non_lora_trainables.bin", "mm_projector"
@@ -71,7 +71,7 @@ def _with_adapter(model: Any, training: TrainingArguments) -> Any:
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError as error:
-        raise UserError("LoRA needs the extra 'train': pip install 'llava-visipruner[train]'") from error
+        raise missing_extra("train", "training LoRA", error) from error
     if training.bits != 16:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(training.gradient_checkpointing))
     linear = {
