@@ -81,7 +81,13 @@ class SplicedInputs:
     rows_per_id: torch.Tensor
 
     def labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels ``[B, T]`` of the prompts' ids as labels ``[B, N]`` of the rows; images and padding have none."""
+        """Labels ``[B, T]`` of the prompts' ids as labels ``[B, N]`` of the rows; images and padding have none.
+
+        Raises:
+            UserError: not as many labels as ids.
+        """
+        if labels.shape != self.rows_per_id.shape:
+            raise UserError(f"labels have shape {list(labels.shape)}; the prompt ids {list(self.rows_per_id.shape)}")
         counts = self.rows_per_id.flatten()
         of_rows = torch.full_like(self.input_ids, IGNORE_INDEX)
         of_rows = of_rows.masked_scatter(
@@ -328,12 +334,13 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         numbers = torch.zeros_like(row_ids).masked_scatter(attention, of_ids.repeat_interleave(counts.flatten()))
         return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids, counts)
 
-    def _embed_beside_a_picture(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Rows ``[B, T, H]`` of prompts without a picture, to which a black one adds 0: in distributed training every
+    def _beside_a_picture(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``[B, N, H]`` of prompts without a picture, to which a black one adds 0: in distributed training every
         process has to come by the same weights."""
-        side = self._require_tower().image_size
-        rows = self.model.language_model.embed_tokens(input_ids)
-        black = torch.zeros(1, 3, side, side, device=rows.device)
+        tower = self.get_vision_tower()
+        if tower is None:
+            return rows
+        black = torch.zeros(1, 3, tower.image_size, tower.image_size, device=rows.device)
         return rows + 0 * self.encode_images(black).sum().to(rows)
 
     # --- forward and generate ---
@@ -393,14 +400,15 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         if is_prefill and input_ids is not None:
             if run is None and images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
                 visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-                if self.training and torch.distributed.is_initialized() and self.get_vision_tower() is not None:
-                    inputs_embeds, input_ids = self._embed_beside_a_picture(input_ids), None
             else:
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
                 labels = None if labels is None else spliced.labels(labels)
                 input_ids, inputs_embeds = None, spliced.inputs_embeds
                 attention_mask, visual_mask = spliced.attention_mask, spliced.image_numbers
                 position_ids = spliced.position_ids
+            if images is None and self.training and torch.distributed.is_initialized():
+                rows = self.model.language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+                input_ids, inputs_embeds = None, self._beside_a_picture(rows)
         if is_prefill and visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
         # Attention functions take keywords that they do not know, so without an engine the mask goes unread.

@@ -6,7 +6,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/train_common.sh"
 
 settings llava_v1_5_mix665k.json "" questions.json llava-v1.5-7b \
   --learning_rate 1e-3 --max_steps 40
-train 128 zero3.json \
+train 128 16 zero3.json \
   --version v1 \
   --image_aspect_ratio pad \
   --group_by_modality_length True \

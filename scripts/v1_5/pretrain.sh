@@ -4,10 +4,9 @@ set -euo pipefail
 # shellcheck source=scripts/v1_5/train_common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/train_common.sh"
 
-PER_DEVICE=${PER_DEVICE:-32}
 settings LLaVA-Pretrain/blip_laion_cc_sbu_558k.json LLaVA-Pretrain/images captions.json llava-v1.5-pretrain \
   --learning_rate 3e-3 --max_steps 40
-train 256 zero2.json \
+train 256 32 zero2.json \
   --version plain \
   --tune_mm_mlp_adapter True \
   --image_aspect_ratio square \

@@ -51,15 +51,14 @@ settings() {
   return 0
 }
 
-# train BATCH ZERO [FLAG...]: BATCH samples a step over all devices; ZERO is the DeepSpeed config, used where several
-# GPUs and DeepSpeed are there.
+# train BATCH AT_ONCE ZERO [FLAG...]: BATCH samples a step over all devices, each taking AT_ONCE of them; ZERO is the
+# DeepSpeed config, used where several GPUs and DeepSpeed are there.
 train() {
-  local batch=$1 zero=$2 devices
-  shift 2
+  local batch=$1 per_device=${PER_DEVICE:-$2} zero=$3 devices
+  shift 3
   devices=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   local processes=${PROCESSES:-$((devices > 1 ? devices : 1))}
   if ((${#small[@]})); then batch=8; fi
-  local per_device=${PER_DEVICE:-16}
   if ((per_device * processes > batch)); then per_device=$((batch / processes)); fi
   local launcher=(-m) own=()
   if ((devices > 0)); then own=(--bf16 True --tf32 True); fi
