@@ -94,7 +94,7 @@ def save(driver: Any, name: str) -> None:
 
 
 def web_chat(driver: Any) -> None:
-    """The web chat: a pruned answer with its details unfolded, then both answers to another question."""
+    """The web chat: a pruned answer, then both answers to another question."""
     model = LoadedModel(open_checkpoint(SHIPPED_MODEL_PATH))
     page = launch(WebChat(model, example_pictures()), "127.0.0.1", PORT)
     try:
@@ -107,13 +107,10 @@ def web_chat(driver: Any) -> None:
                 driver.find_element("css selector", "#upload input").send_keys(str(EXAMPLE_PICTURES / PICTURE))
                 until(driver, "return document.querySelectorAll('#shown figure').length === 1")
                 ask(driver, QUESTION, 1)
-                driver.execute_script("document.querySelector('.answer details').open = true")
                 compare = "[...document.querySelectorAll('#run label')].find(l => l.innerText.trim() === 'Compare')"
                 driver.execute_script(f"{compare}.click()")
                 if size != SIZES["_phone"]:
                     ask(driver, "How many shapes are there?", 3)
-                    driver.execute_script("document.querySelector('.answer details').open = true")
-                    driver.execute_script("document.querySelector('#talk').scrollTop = 0")
                 else:
                     driver.execute_script("scrollTo(0, document.querySelector('#shown').offsetTop)")
                 save(driver, f"web_chat{suffix}{tone}")

@@ -91,7 +91,8 @@ def test_an_answer_streams_and_says_what_was_pruned(web, pictures):
     assert f"kept {answer.kept} of 16 visual tokens" in written and "<details>" in written
     assert written.count("Computation saved") == 1, "statistics stand once"
     assert session.shown[0].kept.width > session.shown[0].kept.height
-    assert session.shown[0].note == f"{answer.kept} of 16 patches kept" and not session.shown[0].is_new
+    assert session.shown[0].note == f"{answer.kept} of 16 patches kept for the newest answer"
+    assert not session.shown[0].is_new
     ask(web, session, "and this")
     assert len(session.exchanges) == 2 == len(session.chat.turns)
 

@@ -25,7 +25,7 @@ MAX_CONFIG = 20_000  # characters
 # Two sentences a method; those that are not here say it with their own docstrings.
 _IN_TWO_SENTENCES = {
     "visipruner": "While the model reads your question, VisiPruner finds out which visual tokens (the pieces that a "
-    "picture is cut into) the answer hangs on, and the others leave. It needs no training, and every question keeps "
+    "picture is cut into) the answer depends on, and drops the others. It needs no training, and every question keeps "
     "tokens of its own."
 }
 

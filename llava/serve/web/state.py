@@ -260,7 +260,9 @@ class WebChat:
             return
         if answer.trace is None:
             dense = answer.config is None
-            session.shown[-1].note = "all kept" if dense else "where the kept patches lie, a server does not say"
+            session.shown[-1].note = (
+                "all kept for the newest answer" if dense else "where the kept patches lie, a server does not say"
+            )
             return
         kept = kept_rows(answer.trace)
         maps = patch_maps(self.model.checkpoint, session.chat.last_prompt())
@@ -271,4 +273,4 @@ class WebChat:
         ends = np.cumsum([len(patches.boxes) for patches in maps])
         for shown, patches, own in zip(session.shown, maps, np.split(kept, ends[:-1]), strict=True):
             shown.kept = overlay_kept(shown.image, patches, own)
-            shown.note = f"{int(own.sum())} of {len(own)} patches kept"
+            shown.note = f"{int(own.sum())} of {len(own)} patches kept for the newest answer"
