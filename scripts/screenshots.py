@@ -109,10 +109,7 @@ def web_chat(driver: Any) -> None:
                 ask(driver, QUESTION, 1)
                 compare = "[...document.querySelectorAll('#run label')].find(l => l.innerText.trim() === 'Compare')"
                 driver.execute_script(f"{compare}.click()")
-                if size != SIZES["_phone"]:
-                    ask(driver, "How many shapes are there?", 3)
-                else:
-                    driver.execute_script("scrollTo(0, document.querySelector('#shown').offsetTop)")
+                ask(driver, "How many shapes are there?", 3)
                 save(driver, f"web_chat{suffix}{tone}")
     finally:
         page.close(verbose=False)

@@ -197,7 +197,7 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
     chosen = gr.Dropdown(sorted(METHODS), value=name, label="Method", elem_id="method")
     with gr.Row(elem_id="editor"):
         with gr.Column(visible=name == "visipruner", elem_id="knobs") as controls:
-            shown = {
+            shown: dict[str, Any] = {
                 "mode": gr.CheckboxGroup(
                     list(STAGES), value=list(knobs["mode"]), label="Stages (mode)", elem_id="mode"
                 ),
@@ -213,7 +213,7 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
                 "exit_patience": gr.Number(knobs["exit_patience"], label="exit_patience", precision=0),
                 "keep": gr.Number(knobs["keep"], label="keep (in place of tokens_threshold; empty: none)"),
                 "shallow_sink": gr.Dropdown(
-                    [("by the model", None), *((each, each) for each in SINKS)],
+                    [("by the model", None), *((each, each) for each in SINKS)],  # type: ignore[list-item]
                     value=knobs["shallow_sink"],
                     label="shallow_sink",
                 ),

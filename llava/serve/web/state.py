@@ -107,9 +107,10 @@ class WebChat:
     ) -> None:
         self.model = model
         self.examples = examples
-        self.recommended: Any = model.checkpoint.pruning_config() if recommended is None else recommended
-        is_remote = isinstance(self.recommended, RemoteConfig)
-        self.settings = None if is_remote else Settings(model.checkpoint, self.recommended, model.checkpoint.num_layers)
+        config: Any = model.checkpoint.pruning_config() if recommended is None else recommended
+        self.recommended = config
+        is_remote = isinstance(config, RemoteConfig)
+        self.settings = None if is_remote else Settings(model.checkpoint, config, model.checkpoint.num_layers)
 
     @property
     def answers_at_once(self) -> int:
