@@ -129,12 +129,13 @@ def report(driver: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", choices=["web_chat", "report"], help="default: both")
-    pages = parser.parse_args().pages or ["web_chat", "report"]
+    pages = {"web_chat": web_chat, "report": report}
+    parser.add_argument("page", nargs="?", choices=pages, help="default: both")
+    only = parser.parse_args().page
     FIGURES.mkdir(parents=True, exist_ok=True)
     with browser() as driver:
-        for name in pages:
-            {"web_chat": web_chat, "report": report}[name](driver)
+        for name in [only] if only else pages:
+            pages[name](driver)
 
 
 if __name__ == "__main__":
