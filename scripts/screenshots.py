@@ -33,7 +33,7 @@ FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 SIZES = {"": (1280, 900), "_phone": (390, 844)}
 THEMES = {"": "light", "_dark": "dark"}
 PORT = 7864
-PICTURE, QUESTION = "scene_2.png", "What does the text in the image say?"
+PICTURE, QUESTIONS = "scene_2.png", ("What does the text in the image say?", "How many shapes are there?")
 
 
 @contextmanager
@@ -106,24 +106,25 @@ def web_chat(driver: Any) -> None:
                     save(driver, "web_chat_phone_start")
                 driver.find_element("css selector", "#upload input").send_keys(str(EXAMPLE_PICTURES / PICTURE))
                 until(driver, "return document.querySelectorAll('#shown figure').length === 1")
-                ask(driver, QUESTION, 1)
+                ask(driver, QUESTIONS[0], 1)
                 compare = "[...document.querySelectorAll('#run label')].find(l => l.innerText.trim() === 'Compare')"
                 driver.execute_script(f"{compare}.click()")
-                ask(driver, "How many shapes are there?", 3)
+                ask(driver, QUESTIONS[1], 3)
                 save(driver, f"web_chat{suffix}{tone}")
     finally:
         page.close(verbose=False)
 
 
 def report(driver: Any) -> None:
-    """The top of the report on the same question."""
+    """The top of the report on the second question."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         program = [sys.executable, "-m", "llava.visualize.report", "--image", str(EXAMPLE_PICTURES / PICTURE)]
-        subprocess.run([*program, "--question", QUESTION, "-o", str(page)], check=True)
-        for suffix, size in SIZES.items():
+        subprocess.run([*program, "--question", QUESTIONS[1], "-o", str(page)], check=True)
+        for suffix, (width, height) in SIZES.items():
             for tone, theme in THEMES.items():
-                show(driver, page.as_uri(), size, theme)
+                # Down to the pictures.
+                show(driver, page.as_uri(), (width, height * 3 // 2), theme)
                 save(driver, f"report{suffix}{tone}")
 
 
