@@ -33,7 +33,7 @@ FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 SIZES = {"": (1280, 900), "_phone": (390, 844)}
 THEMES = {"": "light", "_dark": "dark"}
 PORT = 7864
-PICTURE, QUESTION = "scene_2.png", "What does the text in the image say?"
+PICTURE, QUESTIONS = "scene_2.png", ("What does the text in the image say?", "How many shapes are there?")
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def save(driver: Any, name: str) -> None:
 
 
 def web_chat(driver: Any) -> None:
-    """The web chat: a pruned answer with its details unfolded, then both answers to another question."""
+    """The web chat: a pruned answer, then both answers to another question."""
     model = LoadedModel(open_checkpoint(SHIPPED_MODEL_PATH))
     page = launch(WebChat(model, example_pictures()), "127.0.0.1", PORT)
     try:
@@ -106,41 +106,37 @@ def web_chat(driver: Any) -> None:
                     save(driver, "web_chat_phone_start")
                 driver.find_element("css selector", "#upload input").send_keys(str(EXAMPLE_PICTURES / PICTURE))
                 until(driver, "return document.querySelectorAll('#shown figure').length === 1")
-                ask(driver, QUESTION, 1)
-                driver.execute_script("document.querySelector('.answer details').open = true")
+                ask(driver, QUESTIONS[0], 1)
                 compare = "[...document.querySelectorAll('#run label')].find(l => l.innerText.trim() === 'Compare')"
                 driver.execute_script(f"{compare}.click()")
-                if size != SIZES["_phone"]:
-                    ask(driver, "How many shapes are there?", 3)
-                    driver.execute_script("document.querySelector('.answer details').open = true")
-                    driver.execute_script("document.querySelector('#talk').scrollTop = 0")
-                else:
-                    driver.execute_script("scrollTo(0, document.querySelector('#shown').offsetTop)")
+                ask(driver, QUESTIONS[1], 3)
                 save(driver, f"web_chat{suffix}{tone}")
     finally:
         page.close(verbose=False)
 
 
 def report(driver: Any) -> None:
-    """The top of the report on the same question."""
+    """The top of the report on the second question."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
         program = [sys.executable, "-m", "llava.visualize.report", "--image", str(EXAMPLE_PICTURES / PICTURE)]
-        subprocess.run([*program, "--question", QUESTION, "-o", str(page)], check=True)
-        for suffix, size in SIZES.items():
+        subprocess.run([*program, "--question", QUESTIONS[1], "-o", str(page)], check=True)
+        for suffix, (width, height) in SIZES.items():
             for tone, theme in THEMES.items():
-                show(driver, page.as_uri(), size, theme)
+                # Down to the pictures.
+                show(driver, page.as_uri(), (width, height * 3 // 2), theme)
                 save(driver, f"report{suffix}{tone}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", choices=["web_chat", "report"], help="default: both")
-    pages = parser.parse_args().pages or ["web_chat", "report"]
+    pages = {"web_chat": web_chat, "report": report}
+    parser.add_argument("page", nargs="?", choices=pages, help="default: both")
+    only = parser.parse_args().page
     FIGURES.mkdir(parents=True, exist_ok=True)
     with browser() as driver:
-        for name in pages:
-            {"web_chat": web_chat, "report": report}[name](driver)
+        for name in [only] if only else pages:
+            pages[name](driver)
 
 
 if __name__ == "__main__":

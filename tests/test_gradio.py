@@ -91,7 +91,8 @@ def test_an_answer_streams_and_says_what_was_pruned(web, pictures):
     assert f"kept {answer.kept} of 16 visual tokens" in written and "<details>" in written
     assert written.count("Computation saved") == 1, "statistics stand once"
     assert session.shown[0].kept.width > session.shown[0].kept.height
-    assert session.shown[0].note == f"{answer.kept} of 16 patches kept" and not session.shown[0].is_new
+    assert session.shown[0].note == f"{answer.kept} of 16 patches kept for the newest answer"
+    assert not session.shown[0].is_new
     ask(web, session, "and this")
     assert len(session.exchanges) == 2 == len(session.chat.turns)
 
@@ -153,6 +154,7 @@ def test_a_mistake_loses_nothing(web, pictures, call, words):
     status = ask(web, session, question, **call)
     assert status.startswith("Error: ") and words in status
     assert session.exchanges == before and session.returned == question and len(session.chat.turns) == 1
+    assert not session.shown[0].is_new
     ask(web, session, "still there")
     assert len(session.exchanges) == 2 and not session.returned
 
@@ -174,7 +176,7 @@ def test_pictures_that_cannot_be_used(web, pictures, monkeypatch):
     session = begun(web, pictures["wide"])
     status = web.take_pictures(session, [pictures["broken"]])
     assert "broken.png" in status and str(pictures["broken"].parent) not in status
-    assert [picture.source for picture in session.chat.waiting] == ["wide.png"], "the earlier one stays"
+    assert [(one.name, one.is_new) for one in session.shown] == [("wide.png", True)], "the earlier one stays"
     with monkeypatch.context() as patch:
         patch.setattr(state, "MAX_PIXELS", 100)
         assert "limit is 100" in web.take_pictures(session, [pictures["wide"]])
@@ -230,6 +232,18 @@ def test_several_pictures_go_with_one_question_and_can_be_taken_back(web, pictur
     drawn = show.pictures(session.shown)
     assert drawn.index("tall.png") < drawn.index("wide.png"), "the newest first"
     assert drawn.count("class='kept'") == 2
+
+
+def test_a_picture_that_is_added_while_an_answer_comes_goes_with_the_next_question(web, pictures):
+    session = begun(web, pictures["wide"])
+    for step, _ in enumerate(web.ask(session, "what", "pruned", OF_THE_MODEL, 6, 0)):
+        if step == 2:
+            assert web.take_back(session).startswith("No new picture"), "it is being asked about"
+            web.take_pictures(session, [pictures["tall"]])
+    wide, tall = session.shown
+    assert wide.kept is not None and tall.kept is None and tall.is_new and session.chat.last_answer.visual_tokens == 16
+    assert ask(web, session, "what") == "Ready." and session.exchanges[1].pictures == ["tall.png"]
+    assert session.chat.last_answer.visual_tokens == 32 and tall.kept is not None
 
 
 def test_nothing_that_is_said_means_anything_in_html_or_a_template():

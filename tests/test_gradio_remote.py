@@ -113,7 +113,7 @@ def test_a_wrong_config_loses_nothing(web, pruning, words):
     session = begun(web, IMAGES[0])
     status = ask(web, session, pruning=pruning)
     assert status.startswith("Error: ") and words in status and "\n" not in status
-    assert (session.exchanges, session.returned) == ([], QUESTION) and session.chat.waiting
+    assert (session.exchanges, session.returned) == ([], QUESTION) and session.shown[0].is_new
 
 
 def test_a_server_that_goes_away(server):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from transformers import HfArgumentParser
 
+from llava.options import program_name
 from llava.utils import UserError
 
 
@@ -104,14 +105,20 @@ class TrainingArguments(transformers.TrainingArguments):
 Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 
 
+class _Parser(HfArgumentParser):
+    """transformers' parser, whose errors end the program as everywhere here (`llava.options.Parser`)."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
 def parse(argv: Sequence[str] | None = None) -> Arguments:
     """A command line as the three groups of arguments.
 
     Raises:
-        UserError: values that do not go together, or that this machine cannot do.
-        SystemExit: unknown flags (argparse).
+        UserError: unknown flags, values that do not go together, or that this machine cannot do.
     """
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog=program_name())  # type: ignore[arg-type]
     try:
         model, data, training = parser.parse_args_into_dataclasses(None if argv is None else list(argv))
     except (ValueError, ImportError) as error:

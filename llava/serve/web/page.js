@@ -17,18 +17,21 @@
   if (saved && !new URLSearchParams(location.search).has("__theme"))
     document.body.classList.toggle("dark", saved === "dark");
 
-  // The conversation follows its end, unless somebody has scrolled up to read; on a narrow page the window follows a
-  // new question.
+  // The conversation follows its end until somebody scrolls up to read; on a narrow page the window does, from one
+  // question to the next.
   const talk = document.querySelector("#talk");
   let follows = true;
   let questions = 0;
   talk.addEventListener("scroll", () => {
     follows = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 60;
   });
+  for (const kind of ["wheel", "touchmove"]) addEventListener(kind, () => { if (innerWidth <= 720) follows = false; });
   new MutationObserver(() => {
     const asked = talk.querySelectorAll("article");
-    if (follows) talk.scrollTop = talk.scrollHeight;
-    if (asked.length > questions && innerWidth <= 720) asked[asked.length - 1].scrollIntoView({ block: "nearest" });
+    if (asked.length > questions) follows = true;
     questions = asked.length;
+    if (!follows || !questions) return;
+    talk.scrollTop = talk.scrollHeight;
+    if (innerWidth <= 720) asked[questions - 1].scrollIntoView({ block: "nearest" });
   }).observe(talk, { childList: true, subtree: true, characterData: true });
 }

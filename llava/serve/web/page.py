@@ -118,7 +118,9 @@ def build_page(web: WebChat) -> gr.Blocks:
             state = state or web.new_session()
             drawn: Any = None  # the earlier exchanges and the pictures, as long as they do not change
             for line in web.ask(state, *given):
-                is_over = state.returned != "" or line == "Ready."
+                if state.is_left:
+                    continue  # to its end, so that it is not left half done
+                is_over = line == "Ready." or line.startswith("Error")
                 earlier = state.exchanges if is_over else state.exchanges[:-1]
                 now = [] if is_over else state.exchanges[-1:]
                 skip = drawn is not None and not is_over
@@ -146,6 +148,8 @@ def build_page(web: WebChat) -> gr.Blocks:
                 state.stop.set()
 
         def started_over(state: WebSession | None) -> tuple[Any, ...]:
+            if state is not None:
+                state.is_left = True
             stopped(state)
             return web.new_session(), "", "", show.pictures([]), show.status("Ready.")
 
@@ -176,7 +180,7 @@ def _example(web: WebChat, name: str) -> Any:
 
     def chosen(state: WebSession | None) -> tuple[Any, ...]:
         state = state or web.new_session()
-        while state.chat.waiting:  # another example, or a picture that was not asked about
+        while state.shown and state.shown[-1].is_new:  # another example, or a picture that was not asked about
             web.take_back(state)
         line = web.take_pictures(state, [path])
         return state, show.pictures(state.shown), show.status(line), asks
@@ -197,7 +201,7 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
     chosen = gr.Dropdown(sorted(METHODS), value=name, label="Method", elem_id="method")
     with gr.Row(elem_id="editor"):
         with gr.Column(visible=name == "visipruner", elem_id="knobs") as controls:
-            shown = {
+            shown: dict[str, Any] = {
                 "mode": gr.CheckboxGroup(
                     list(STAGES), value=list(knobs["mode"]), label="Stages (mode)", elem_id="mode"
                 ),
@@ -213,7 +217,7 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
                 "exit_patience": gr.Number(knobs["exit_patience"], label="exit_patience", precision=0),
                 "keep": gr.Number(knobs["keep"], label="keep (in place of tokens_threshold; empty: none)"),
                 "shallow_sink": gr.Dropdown(
-                    [("by the model", None), *((each, each) for each in SINKS)],
+                    [("by the model", None), *((each, each) for each in SINKS)],  # type: ignore[list-item]
                     value=knobs["shallow_sink"],
                     label="shallow_sink",
                 ),

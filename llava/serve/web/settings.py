@@ -25,7 +25,7 @@ MAX_CONFIG = 20_000  # characters
 # Two sentences a method; those that are not here say it with their own docstrings.
 _IN_TWO_SENTENCES = {
     "visipruner": "While the model reads your question, VisiPruner finds out which visual tokens (the pieces that a "
-    "picture is cut into) the answer hangs on, and the others leave. It needs no training, and every question keeps "
+    "picture is cut into) the answer depends on, and drops the others. It needs no training, and every question keeps "
     "tokens of its own."
 }
 
@@ -151,6 +151,7 @@ class Settings:
             "chain": {
                 "steps": [{"method": "divprune", "keep": 0.5}, {"method": "fastv", "layer": at(2), "keep": 0.5}],
             },
+            "pyramiddrop": {"layers": [at(8), at(16), at(24)], "keep": [0.5, 0.25, 0.125]},
             "schedule": {"shallow_mid_layer": at(6), "select_layer": at(10), "keep": 16},
             "shortv": {"frozen_layers": list(range(at(20), self.num_layers))},
             "sparsevlm": {"layers": [at(2), at(6), at(15)], "keep": [0.5, 0.25, 0.125]},
@@ -165,9 +166,7 @@ class Settings:
             if isinstance(kind, Count):
                 scaled[each.name] = 0.25
             elif kind is not None and kind.is_layer and value:
-                scaled[each.name] = [at(one) for one in value] if isinstance(value, Sequence) else at(value)
-                # What belongs to these layers, layer by layer.
-                scaled.update({"keep": list(METHODS[name].keep)} if name == "pyramiddrop" else {})
+                scaled[each.name] = at(value)
         return scaled
 
     def _layer(self, of_published: int) -> int:

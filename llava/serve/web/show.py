@@ -161,13 +161,13 @@ def in_short(answer: Answer) -> str:
 
 def _figures(answer: Answer) -> Iterator[tuple[str, str]]:
     """Name and value, the value as HTML."""
-    yield "Visual tokens", text(_kept(answer))
-    if _is_pruned(answer):
-        if answer.trace is not None and answer.config is not None:
-            yield "Decisions", text(answer.config.describe(answer.trace))
-        if answer.flops_saved:
-            saved = answer.flops_saved
-            yield "Computation saved", f"{saved['executed']:.1%} ({saved['paper']:.1%} as the paper counts)"
+    visual = _kept(answer)
+    if answer.config is not None and answer.trace is not None and _is_pruned(answer):
+        visual = answer.config.describe(answer.trace)  # the same, and where
+    yield "Visual tokens", text(visual)
+    if _is_pruned(answer) and answer.flops_saved:
+        saved = answer.flops_saved
+        yield "Computation saved", f"{saved['executed']:.1%} ({saved['paper']:.1%} as the paper counts)"
     clock = answer.clock
     first = f"{clock.first_token * 1000:.0f} ms" if clock.first_token < 1 else f"{clock.first_token:.2f} s"
     yield "First token", f"after {first}"

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from llava.images import load_image
-from llava.inference import Answer, GenerationOptions
+from llava.inference import Answer, GenerationOptions, Picture
 from llava.pruning import Method
 from llava.serve.chat import ChatModel, ChatSession
 from llava.serve.remote import RemoteConfig, RemoteModel
@@ -57,18 +57,23 @@ class Shown:
     """A picture of the conversation as the page shows it.
 
     Attributes:
-        name: of its file.
+        picture: as the conversation has it, named after its file.
         image: as it was given.
         note: what became of its visual tokens in the newest answer.
         kept: it, with the patches that the newest answer kept; None: nothing is known of it.
         is_new: whether it waits for the next question.
     """
 
-    name: str
+    picture: Picture
     image: Image.Image
-    note: str = ""
+    note: str = "goes with your next question"
     kept: Image.Image | None = None
     is_new: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return self.picture.source
 
 
 @dataclass
@@ -80,6 +85,7 @@ class WebSession:
         shown: the conversation's pictures, oldest first.
         returned: a question that could not be answered, for its box; "" after one that was.
         turn: one question of a tab after the other.
+        is_left: whether the tab has begun another conversation; nothing of this one is to be shown any more.
     """
 
     chat: ChatSession
@@ -88,6 +94,7 @@ class WebSession:
     returned: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     turn: Any = field(default_factory=threading.Lock)
+    is_left: bool = False
 
 
 class WebChat:
@@ -107,9 +114,10 @@ class WebChat:
     ) -> None:
         self.model = model
         self.examples = examples
-        self.recommended: Any = model.checkpoint.pruning_config() if recommended is None else recommended
-        is_remote = isinstance(self.recommended, RemoteConfig)
-        self.settings = None if is_remote else Settings(model.checkpoint, self.recommended, model.checkpoint.num_layers)
+        config: Any = model.checkpoint.pruning_config() if recommended is None else recommended
+        self.recommended = config
+        is_remote = isinstance(config, RemoteConfig)
+        self.settings = None if is_remote else Settings(model.checkpoint, config, model.checkpoint.num_layers)
 
     @property
     def answers_at_once(self) -> int:
@@ -141,15 +149,13 @@ class WebChat:
                 # The path on the server is nobody's business.
                 status = f"Error: {str(error).replace(str(source), name)}"
                 continue
-            session.chat.add_picture(picture)
-            session.shown.append(Shown(name, image, "goes with your next question"))
+            session.shown.append(Shown(picture, image))
         return status
 
     def take_back(self, session: WebSession) -> str:
         """Take back the newest picture that was not asked about yet. Returns a status line."""
-        if not session.chat.waiting:
+        if not session.shown or not session.shown[-1].is_new:
             return "No new picture to take back; those above have been asked about."
-        session.chat.waiting.pop()
         return f"{session.shown.pop().name} is taken back."
 
     def ask(
@@ -175,14 +181,18 @@ class WebChat:
         with session.turn:
             session.returned = ""
             exchanges = list(session.exchanges)
+            # A picture that is added while this answer comes goes with the question after it.
+            new = [shown for shown in session.shown if shown.is_new]
             try:
                 config = self._config(run, pruning)
                 options = GenerationOptions(max_new_tokens=int(max_new_tokens), temperature=float(temperature))
+                session.chat.waiting = [shown.picture for shown in new]
                 self._prepare(session, question, config, options)
                 labels = ("Dense", "Pruned") if run == "compare" else ("",)
-                names = [picture.source for picture in session.chat.waiting]
-                exchange = Exchange(question, names, [Said(label) for label in labels])
+                exchange = Exchange(question, [shown.name for shown in new], [Said(label) for label in labels])
                 session.exchanges = [*exchanges, exchange]
+                for shown in new:
+                    shown.is_new = False
                 late = isinstance(self.model, LateModel) and not self.model.is_here
                 yield "Waiting for the model's weights …" if late else "Reading the picture and the question …"
                 for _ in self._stream(session, exchange, run):
@@ -190,13 +200,19 @@ class WebChat:
                 self._show_kept(session)
                 yield "Ready."
             except UserError as error:
-                session.exchanges, session.returned = exchanges, question
+                self._undo(session, exchanges, question, new)
                 yield f"Error: {error}"
             except Exception as error:  # the page must stay usable whatever a model or a driver does
                 warnings.warn(f"an answer failed: {type(error).__name__}: {error}", stacklevel=1)
-                session.exchanges, session.returned = exchanges, question
+                self._undo(session, exchanges, question, new)
                 failed = f"the answer failed ({type(error).__name__}); the conversation is as it was. Try again."
                 yield f"Error: {failed}"
+
+    @staticmethod
+    def _undo(session: WebSession, exchanges: list[Exchange], question: str, new: Sequence[Shown]) -> None:
+        session.exchanges, session.returned = exchanges, question
+        for shown in new:
+            shown.is_new = True
 
     def _config(self, run: str, pruning: str) -> Any:
         if run not in RUNS:
@@ -254,21 +270,22 @@ class WebChat:
         """Give every picture of the conversation what the newest answer kept of it."""
         answer = session.chat.last_answer
         assert answer is not None  # the stream ended without an error
-        for shown in session.shown:
-            shown.is_new, shown.kept, shown.note = False, None, ""
-        if not answer.visual_tokens or not session.shown:
+        asked = [shown for shown in session.shown if not shown.is_new]
+        for shown in asked:
+            shown.kept, shown.note = None, ""
+        if not answer.visual_tokens:
             return
         if answer.trace is None:
-            dense = answer.config is None
-            session.shown[-1].note = "all kept" if dense else "where the kept patches lie, a server does not say"
+            dense, server = "all kept for the newest answer", "where the kept patches lie, a server does not say"
+            asked[-1].note = dense if answer.config is None else server
             return
         kept = kept_rows(answer.trace)
         maps = patch_maps(self.model.checkpoint, session.chat.last_prompt())
         if not all(patches.is_known for patches in maps):
-            session.shown[-1].note = kept_in_words(kept)
+            asked[-1].note = kept_in_words(kept)
             return
         # Pictures are spliced in order, and so are their rows.
         ends = np.cumsum([len(patches.boxes) for patches in maps])
-        for shown, patches, own in zip(session.shown, maps, np.split(kept, ends[:-1]), strict=True):
+        for shown, patches, own in zip(asked, maps, np.split(kept, ends[:-1]), strict=True):
             shown.kept = overlay_kept(shown.image, patches, own)
-            shown.note = f"{int(own.sum())} of {len(own)} patches kept"
+            shown.note = f"{int(own.sum())} of {len(own)} patches kept for the newest answer"
