@@ -81,7 +81,7 @@ BAD = {
     "calibrate --images nowhere --save-flops 0.3 -o new": "nowhere",
     "calibrate --images . --save-flops much -o new": "much",
     "calibrate --images . --save-flops 0.3 --pictures 1 -o new": "--pictures is 1",
-    "train --no-such": "--no-such",
+    "train --model_name_or_path m --data_path d --no-such": "--no-such",
     "models --no-such": "--no-such",
     "methods --no-such": "--no-such",
     "methods nope": "unknown method 'nope'",

@@ -56,16 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")
 
     say = _Log()
-    say("starting; the libraries take a few seconds")
     # Here, so that --help and a wrong port need not wait for them.
-    try:
-        from llava.serve.web.page import launch
-    except ModuleNotFoundError as missing:
-        raise missing_extra("web", "the web chat", missing) from missing
     from llava.inference import LoadOptions, open_checkpoint
     from llava.serve.remote import RemoteModel
     from llava.serve.web.late import LateModel
-    from llava.serve.web.state import WebChat
 
     model: Any
     if args.server is not None:
@@ -78,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
         config = checkpoint.pruning_config(args.pruning_config)
         model = LateModel(checkpoint, from_arguments(LoadOptions, args))
+    say("starting; the libraries take a few seconds")
+    try:
+        from llava.serve.web.page import launch
+    except ModuleNotFoundError as missing:
+        raise missing_extra("web", "the web chat", missing) from missing
+    from llava.serve.web.state import WebChat
+
     page = launch(WebChat(model, example_pictures(), config), args.host, args.port, share=args.share)
     say(f"the page is open at {page.share_url or page.local_url}")
     try:
