@@ -76,7 +76,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"visipruner {__version__}")
     parser.add_argument(
         "--print-completion",
-        choices=("bash", "zsh", "tcsh"),
+        choices=("bash", "zsh"),
         help='for a shell; in bash: eval "$(visipruner --print-completion bash)"',
     )
     return parser

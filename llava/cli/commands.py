@@ -86,7 +86,14 @@ COMMANDS = {
         "find a pruning config for a model and pictures",
         ("visipruner calibrate --images my_pictures --save-flops 0.35 -o calibration",),
     ),
-    "train": Command("llava.train.train:main", "train a model", ("visipruner train --help",)),
+    "train": Command(
+        "llava.train.train:main",
+        "train a projector, a LoRA adapter or a whole model on LLaVA's data (extra train)",
+        (
+            "visipruner train --model_name_or_path my_llava --data_path samples.json --image_folder images "
+            "--lora_enable True --output_dir adapter",
+        ),
+    ),
     "models": Command(
         "llava.cli.models:main", "known models and families", ("visipruner models", "visipruner models --json")
     ),

@@ -12,7 +12,7 @@ from llava.cli.commands import COMMANDS, Command
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """A completion script for bash, zsh or tcsh. Imports every program, which takes seconds.
+    """A completion script for bash or zsh. Imports every program, which takes seconds.
 
     Args:
         parser: of `visipruner` itself; gets the commands.
@@ -39,11 +39,11 @@ def parser_of(command: Command) -> argparse.ArgumentParser | None:
         found.append(parser)
         raise _Found
 
-    before = argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = stop  # type: ignore[method-assign,assignment]
+    before = argparse.ArgumentParser.parse_known_args
+    argparse.ArgumentParser.parse_known_args = stop  # type: ignore[method-assign,assignment]
     try:
         with suppress(_Found, ImportError, SystemExit):
             command.program()([])
     finally:
-        argparse.ArgumentParser.parse_args = before  # type: ignore[method-assign]
+        argparse.ArgumentParser.parse_known_args = before  # type: ignore[method-assign]
     return found[0] if found else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import transformers
 from transformers import HfArgumentParser
 
-from llava.options import program_name
+from llava.options import Parser, program_name
 from llava.utils import UserError
 
 
@@ -108,8 +108,7 @@ Arguments = tuple[ModelArguments, DataArguments, TrainingArguments]
 class _Parser(HfArgumentParser):
     """transformers' parser, whose errors end the program as everywhere here (`llava.options.Parser`)."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists the options)")
+    error = Parser.error
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
