@@ -508,11 +508,12 @@ def test_the_page_stands_still_and_fits(driver, address, pictures, width, theme)
     assert len(errors) <= 2 and all(line.endswith('"Method not implemented."') for line in errors), "gradio's own two"
 
 
-def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures, web, monkeypatch):
+@pytest.fixture
+def held(web, monkeypatch):
+    """Answers hold after ten words, until they are stopped."""
     answer = web.model.answer
 
     def slowly(prompt, config, options, on_text, stop):
-        """Ten words, and no more until it is stopped."""
         words = itertools.count()
 
         def say(text):
@@ -523,6 +524,23 @@ def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures, 
         return answer(prompt, config, options, say, stop)
 
     monkeypatch.setattr(web.model, "answer", slowly)
+
+
+@pytest.mark.usefixtures("held")
+def test_a_conversation_that_is_left_shows_no_more(driver, address, pictures):
+    opened(driver, address)
+    upload(driver, pictures["wide"])
+    send(driver, "what is this")
+    until(driver, "return document.querySelector('.answer.growing p')?.innerText.length > 20")
+    driver.find_element("id", "clear").click()
+    until(driver, "return document.querySelectorAll('#shown figure').length === 0")
+    upload(driver, pictures["tall"])
+    time.sleep(0.5)
+    assert "wide.png" not in driver.execute_script("return document.body.innerText")
+
+
+@pytest.mark.usefixtures("held")
+def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures):
     opened(driver, address)
     upload(driver, pictures["wide"])
     send(driver, "what is this")

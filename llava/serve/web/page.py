@@ -119,7 +119,8 @@ def build_page(web: WebChat) -> gr.Blocks:
             drawn: Any = None  # the earlier exchanges and the pictures, as long as they do not change
             for line in web.ask(state, *given):
                 if state.is_left:
-                    continue  # to its end, so that it is not left half done
+                    yield (gr.skip(),) * len(outputs)  # gradio shows the last step once more at the end
+                    continue
                 is_over = line == "Ready." or line.startswith("Error")
                 earlier = state.exchanges if is_over else state.exchanges[:-1]
                 now = [] if is_over else state.exchanges[-1:]
