@@ -290,6 +290,11 @@ def test_what_the_editor_leaves_alone_stays(shipped):
     given = {**json.loads(shipped.start_of("visipruner")), "probe_rows": "text", "keep": 0.25}
     del given["tokens_threshold"]
     assert json.loads(shipped.written({**shipped.knobs, **shipped.read(json.dumps(given))})) == given
+    of_controls = {**shipped.knobs, "keep": "", "shallow_sink": ""}
+    assert shipped.written(of_controls) == shipped.start_of("visipruner")
+    assert json.loads(shipped.written({**of_controls, "keep": " 0.25 "}))["keep"] == 0.25
+    with pytest.raises(UserError, match="'keep' is 'many'"):
+        shipped.check(shipped.written({**of_controls, "keep": "many"}))
     assert shipped.read('{"method": "vtw", "layer": 6}') is None and shipped.read("{") is None
 
 
@@ -503,11 +508,12 @@ def test_the_page_stands_still_and_fits(driver, address, pictures, width, theme)
     assert len(errors) <= 2 and all(line.endswith('"Method not implemented."') for line in errors), "gradio's own two"
 
 
-def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures, web, monkeypatch):
+@pytest.fixture
+def held(web, monkeypatch):
+    """Answers hold after ten words, until they are stopped."""
     answer = web.model.answer
 
     def slowly(prompt, config, options, on_text, stop):
-        """Ten words, and no more until it is stopped."""
         words = itertools.count()
 
         def say(text):
@@ -518,6 +524,23 @@ def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures, 
         return answer(prompt, config, options, say, stop)
 
     monkeypatch.setattr(web.model, "answer", slowly)
+
+
+@pytest.mark.usefixtures("held")
+def test_a_conversation_that_is_left_shows_no_more(driver, address, pictures):
+    opened(driver, address)
+    upload(driver, pictures["wide"])
+    send(driver, "what is this")
+    until(driver, "return document.querySelector('.answer.growing p')?.innerText.length > 20")
+    driver.find_element("id", "clear").click()
+    until(driver, "return document.querySelectorAll('#shown figure').length === 0")
+    upload(driver, pictures["tall"])
+    time.sleep(0.5)
+    assert "wide.png" not in driver.execute_script("return document.body.innerText")
+
+
+@pytest.mark.usefixtures("held")
+def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures):
     opened(driver, address)
     upload(driver, pictures["wide"])
     send(driver, "what is this")
@@ -533,7 +556,7 @@ def test_what_is_typed_while_an_answer_streams_stays(driver, address, pictures, 
     assert driver.execute_script(BOX) == "and what is that?"
 
 
-def test_every_mode_can_be_ticked_and_asked(driver, address, pictures):
+def test_every_mode_can_be_ticked_and_asked(driver, address, pictures, web):
     opened(driver, address)
     answer_length(driver, 1)
     upload(driver, pictures["wide"])
@@ -547,9 +570,8 @@ def test_every_mode_can_be_ticked_and_asked(driver, address, pictures):
         send(driver, "what")
         asked += 1
         answered(driver, asked)
-        assert json.loads(driver.execute_script(config))["mode"] == [
-            each for each in STAGES if each not in ("deep", "shallow", "middle")[:asked]
-        ]
+        left = [stage for stage in STAGES if stage not in ("deep", "shallow", "middle")[:asked]]
+        assert driver.execute_script(config) == web.settings.written({**web.settings.knobs, "mode": left})
     # "Middle" unticked with "deep" left: the case that always failed.
     driver.execute_script(
         "[...document.querySelectorAll('#mode label')].find(l => l.innerText.trim() === 'deep').click()"

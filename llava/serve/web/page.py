@@ -119,7 +119,8 @@ def build_page(web: WebChat) -> gr.Blocks:
             drawn: Any = None  # the earlier exchanges and the pictures, as long as they do not change
             for line in web.ask(state, *given):
                 if state.is_left:
-                    continue  # to its end, so that it is not left half done
+                    yield (gr.skip(),) * len(outputs)  # gradio shows the last step once more at the end
+                    continue
                 is_over = line == "Ready." or line.startswith("Error")
                 earlier = state.exchanges if is_over else state.exchanges[:-1]
                 now = [] if is_over else state.exchanges[-1:]
@@ -215,10 +216,10 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
                 ),
                 "exit_threshold": gr.Number(knobs["exit_threshold"], label="exit_threshold", step=0.0001),
                 "exit_patience": gr.Number(knobs["exit_patience"], label="exit_patience", precision=0),
-                "keep": gr.Number(knobs["keep"], label="keep (in place of tokens_threshold; empty: none)"),
+                "keep": gr.Textbox(_boxed(knobs["keep"]), label="keep (in place of tokens_threshold; empty: none)"),
                 "shallow_sink": gr.Dropdown(
-                    [("by the model", None), *((each, each) for each in SINKS)],  # type: ignore[list-item]
-                    value=knobs["shallow_sink"],
+                    [("by the model", ""), *((each, each) for each in SINKS)],
+                    value=_boxed(knobs["shallow_sink"]),
                     label="shallow_sink",
                 ),
                 "probe_rows": gr.Dropdown(["last", "text"], value=knobs["probe_rows"], label="probe_rows"),
@@ -240,7 +241,7 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
         except UserError as error:
             return show.status(f"Error: {error}"), *[gr.skip()] * (4 + len(shown))
         values = settings.read(text)
-        of_knobs = [(values or {}).get(key, gr.skip()) for key in shown]
+        of_knobs = [_boxed(values[key]) if values and key in values else gr.skip() for key in shown]
         knob_table = show.knob_table(knobs_of(method, settings.num_layers))
         return "", method, show.method(about(method)), gr.Column(visible=values is not None), knob_table, *of_knobs
 
@@ -250,6 +251,11 @@ def _config_editor(web: WebChat, name: str, told: gr.HTML) -> gr.Textbox:
     chosen.input(settings.start_of, chosen, config, **quietly)
     config.change(read, config, [note, chosen, told, controls, table, *everything], **quietly)
     return config
+
+
+def _boxed(value: Any) -> Any:
+    """A knob's value for its control: gradio would show no number as 0."""
+    return "" if value is None else value
 
 
 def _import_and_export(config: gr.Textbox) -> None:

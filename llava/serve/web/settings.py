@@ -56,7 +56,7 @@ def knobs_of(name: str, num_layers: int | None) -> list[tuple[str, str, str]]:
     told = []
     for each in fields(METHODS[name]):
         kind = each.metadata.get("kind")
-        default = "needed" if each.default is MISSING else json.dumps(each.default)
+        default = "needed" if each.default is MISSING else "none" if each.default is None else json.dumps(each.default)
         told.append((each.name, kind.allowed(num_layers) if kind else "see docs/methods.md", default))
     return told
 
@@ -90,12 +90,14 @@ class Settings:
         return {**usual, **PUBLISHED.to_dict(), **layers, **kept, **own}
 
     def written(self, knobs: Mapping[str, Any]) -> str:
-        """VisiPruner's config as JSON, of a value for every knob; those that its mode has no use for are left out."""
+        """VisiPruner's config as JSON, of a value for every knob (empty: none, as None); those that its mode has no use
+        for are left out."""
+        knobs = {key: _given(value) for key, value in knobs.items()}
         mode = [stage for stage in STAGES if stage in knobs["mode"]]
         usual = {each.name: each.default for each in fields(VisiPruner)}
         config: dict[str, Any] = {"mode": mode}
         for key in _used(mode, knobs.get("keep")):
-            value = _whole(knobs[key])
+            value = knobs[key]
             if value is not None and (value != usual[key] or key.startswith("exit_")):
                 config[key] = value
         return as_text(config)
@@ -179,10 +181,15 @@ def as_text(config: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}" if config else "{}"
 
 
-def _whole(value: Any) -> Any:
-    """A number box's content as an int where it is one; else as it is, for the config to refuse."""
-    is_whole = isinstance(value, float) and value.is_integer()
-    return int(value) if is_whole else value
+def _given(value: Any) -> Any:
+    """What a control holds as a knob's value: nothing as None, numbers in text as numbers, whole ones as integers; else
+    as it is, for the config to refuse."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _used(mode: Sequence[str], keep: float | None) -> list[str]:
