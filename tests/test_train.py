@@ -548,6 +548,25 @@ def test_accelerate_settings_load(file, monkeypatch) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_learn_as_one_does(parts, tmp_path) -> None:
+    flags = (*LORA, "--lora_dropout", "0", "--train_sampling_strategy", "sequential", "--use_cpu", "True")
+    train(*parse(command(parts, tmp_path / "one", *flags, "--save_strategy", "no")))
+    call = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "llava.train.train",
+    ]
+    call += command(parts, tmp_path / "two", *flags, "--per_device_train_batch_size", "2")
+    subprocess.run(call, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    assert (tmp_path / "two" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_both_stages_learn_from_an_empty_clone_on_the_data_that_ships(tmp_path) -> None:
     clone = tmp_path / "clone"
     shutil.copytree(

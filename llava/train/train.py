@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler(sys.stderr))
         logger.setLevel(logging.INFO)
+    # LLaVA's name of a flag, which transformers is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
     train(*parse(argv))
     return 0
 
