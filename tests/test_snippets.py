@@ -88,6 +88,7 @@ def blocks(page: Path) -> Iterator[Block]:
     lines = page.read_text(encoding="utf-8").splitlines()
     start = None
     for number, line in enumerate(lines):
+        assert not re.match(r"\s*```(sh|shell|console|py)\b", line), f"{page.name}:{number + 1}: say bash or python"
         if start is None and re.fullmatch(r"```(bash|python)", line):
             start = number
         elif start is not None and line == "```":

@@ -121,32 +121,36 @@ def test_the_report_page(folder, photo, tmp_path) -> None:
     options += ["--pruning-config", json.dumps(CONFIG), "--device", "cpu", "--max-new-tokens", "2", "--compare"]
     assert report.main(options) == 0
     text = page.read_text()
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))
+    (data,) = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))["questions"]
     splits = open_checkpoint(folder).image_processor.do_image_splitting
     total = 3 * 16 if splits else 16
-    assert len(data["boxes"]) == total == data["total"]
-    assert data["runs"]["dense"]["count"] == [total] * LAYERS
-    assert data["runs"]["pruned"]["count"][-1] < total
+    assert len(data["patches"]["boxes"]) == total == data["patches"]["total"]
+    assert data["runs"]["dense"]["num_there"] == [total] * LAYERS
+    assert data["runs"]["pruned"]["num_there"][-1] < total
     assert "is not known" not in text
     assert "idefics3" in text and "chat template" in text
 
 
 def test_the_report_page_lists_what_it_cannot_draw(chat, photo, nowhere) -> None:
     pytest.importorskip("jinja2")
-    from llava.visualize.report import build_report
+    from llava.visualize.findings import Asked, findings, question_findings
+    from llava.visualize.report import page
 
-    run = observe(chat, photo, "what is this", CONFIG, max_new_tokens=2)
+    picture, config = chat.checkpoint.read_picture(photo), chat.checkpoint.pruning_config(CONFIG)
+    run = observe(chat, picture, "what is this", config, max_new_tokens=2)
     assert not run.patches.is_known
-    text = html.unescape(build_report(chat, {"pruned": run}))
+    asked = Asked(None, "what is this", picture)
+    found = findings(chat, config, [question_findings(chat, asked, config, compare=False, max_new_tokens=2)])
+    text = html.unescape(page(found, [picture.image]))
     kept = np.flatnonzero(run.kept).tolist()
     assert kept, "this config keeps some"
-    said = re.search(r"is not known; kept, of (\d+): ([\d, ]+)", text)
+    said = re.search(r"is not known.*Kept, of (\d+): ([\d, ]+)", text)
     assert int(said.group(1)) == run.trace.num_visual
     assert [int(each) for each in said.group(2).split(",")] == kept
-    assert text.count("<img") == 1, "no picture with nothing marked on it"
-    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))
-    assert data["boxes"] == [] and data["total"] == run.trace.num_visual
-    assert data["runs"]["pruned"]["max"][LAYERS // 2] > 0, "the words beside the slider name the largest attention"
+    (data,) = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S).group(1))["questions"]
+    assert data["patches"]["boxes"] == [] and data["patches"]["total"] == run.trace.num_visual
+    last = next(row for row in data["runs"]["pruned"]["attention"] if row["row"] == data["num_rows"] - 1)
+    assert last["top"][LAYERS // 2] > 0, "the words beside the slider name the largest attention"
 
 
 def test_the_web_chat(chat, photo) -> None:

@@ -34,7 +34,6 @@ from .lenses import (
     value_output_lens,
 )
 from .observe import Observation, observe
-from .patches import kept_in_words
 from .record import Recording, RowRecord
 
 DENSE, PRUNED = "dense", "pruned"
@@ -192,7 +191,7 @@ def _run(chat: LoadedModel, run: Observation, answers: Sequence[Answer], watched
         "answer": run.answer,
         "is_dense": is_dense,
         "num_kept": int(run.kept.sum()),
-        "kept_words": kept_in_words(run.kept),
+        "kept": np.flatnonzero(run.kept).tolist(),
         "select_layer": trace.select_layer,
         "exit_layer": trace.exit_layer,
         "time": _time(answers),
