@@ -24,8 +24,9 @@ from PIL import Image
 from selenium import webdriver
 
 from llava.constants import SHIPPED_MODEL_PATH
+from llava.examples import FOLDER
 from llava.inference import LoadedModel, open_checkpoint
-from llava.serve.gradio_pruning import EXAMPLE_PICTURES, example_pictures
+from llava.serve.gradio_pruning import example_pictures
 from llava.serve.web.page import launch
 from llava.serve.web.state import WebChat
 
@@ -104,7 +105,7 @@ def web_chat(driver: Any) -> None:
                 ready(driver, 0)
                 if size == SIZES["_phone"] and theme == "light":
                     save(driver, "web_chat_phone_start")
-                driver.find_element("css selector", "#upload input").send_keys(str(EXAMPLE_PICTURES / PICTURE))
+                driver.find_element("css selector", "#upload input").send_keys(str(FOLDER / PICTURE))
                 until(driver, "return document.querySelectorAll('#shown figure').length === 1")
                 ask(driver, QUESTIONS[0], 1)
                 compare = "[...document.querySelectorAll('#run label')].find(l => l.innerText.trim() === 'Compare')"
@@ -119,7 +120,7 @@ def report(driver: Any) -> None:
     """The top of the report on the second question."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
-        program = [sys.executable, "-m", "llava.visualize.report", "--image", str(EXAMPLE_PICTURES / PICTURE)]
+        program = [sys.executable, "-m", "llava.visualize.report", "--image", str(FOLDER / PICTURE)]
         subprocess.run([*program, "--question", QUESTIONS[1], "-o", str(page)], check=True)
         for suffix, (width, height) in SIZES.items():
             for tone, theme in THEMES.items():

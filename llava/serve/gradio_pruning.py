@@ -7,7 +7,6 @@ uploaded or chosen from a folder, never fetched from a URL. The page itself is i
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -18,25 +17,18 @@ from typing import Any
 
 from llava.constants import API_KEY_VARIABLE
 from llava.errors import missing_extra
+from llava.examples import examples
 from llava.options import Parser, add_model_options, add_pruning_option, from_arguments
 from llava.utils import UserError, run_main
 
-EXAMPLE_PICTURES = Path(__file__).parent.parent / "assets" / "images"
 MOST_EXAMPLES = 4
 
 
-def example_pictures(folder: Path = EXAMPLE_PICTURES) -> dict[str, tuple[Path, str]]:
-    """Pictures of a folder by name, each with a question that its ``questions.jsonl`` knows the answer of.
-
-    Of every picture the first question is taken, of pictures the last ones, which hold the most.
-    """
-    questions = folder / "questions.jsonl"
-    if not questions.is_file():
-        return {}
-    lines = [json.loads(line) for line in questions.read_text(encoding="utf-8").splitlines()]
-    asked = {line["image"]: line["text"] for line in reversed(lines)}
-    names = sorted(asked)[-MOST_EXAMPLES:]
-    return {Path(name).stem: (folder / name, asked[name]) for name in names}
+def example_pictures() -> dict[str, tuple[Path, str]]:
+    """Pictures that ship, by the example's name, each with the first question that is known for it."""
+    first = {example.image: example for example in reversed(examples())}
+    shown = sorted(first.values(), key=examples().index)[:MOST_EXAMPLES]
+    return {example.name: (example.image, example.question) for example in shown}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
