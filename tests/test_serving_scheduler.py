@@ -568,7 +568,8 @@ def test_a_lost_device_ends_the_thread(monkeypatch, endless, long_request, call)
 
     with Scheduler(shipped(), Limits(max_running=2)) as scheduler:
         monkeypatch.setattr(scheduler._engine, call, lost)
-        tickets = [scheduler.submit(long_request) for _ in range(4)]
+        with scheduler._condition:  # all of them are there before the thread sees the first
+            tickets = [scheduler.submit(long_request) for _ in range(4)]
         for ticket in tickets:
             with pytest.raises(WorkerDeadError):
                 read(scheduler.stream(ticket))
