@@ -17,3 +17,6 @@ ANSWER_INSTRUCTION = "Answer the question using a single word or phrase."
 
 SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / "tiny_llava"
 """The small model that comes with the package, in the original LLaVA layout."""
+
+SHIPPED_MODELS = {"smollm2": SHIPPED_MODEL_PATH.parent / "llava-smollm2-135m"}
+"""Models that come with the package under a name that every ``--model-path`` takes (``docs/smollm2.md``)."""
