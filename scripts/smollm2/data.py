@@ -1,6 +1,6 @@
 """Write training data as LLaVA's: pictures, and JSON of conversations about them.
 
-python scripts/smollm2/data.py --drawings runs/smollm2/drawings --out runs/smollm2/data --pictures 4000
+python -m scripts.smollm2.data --drawings runs/smollm2/drawings --out runs/smollm2/data --pictures 4000
 
 ``pretrain.json`` has a caption a picture, ``finetune.json`` conversations of about nine turns, and between them plain
 questions without a picture (``plain.json``, if it is there: `plain.py` writes it).
@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from smollm2.drawings import SEEN, Drawings
-from smollm2.questions import Question, conversation, description
-from smollm2.scenes import make_scene, render
-
 from llava.constants import ANSWER_INSTRUCTION, DEFAULT_IMAGE_TOKEN
+
+from .drawings import SEEN, Drawings
+from .questions import Question, conversation, description
+from .scenes import make_scene, render
 
 FIRST = 5_000_000
 """Number of the first scene: none that the tower was trained on."""

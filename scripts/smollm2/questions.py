@@ -19,8 +19,12 @@ APART = 0.18
 """How far two things must be apart to be asked which is where."""
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
-_CATEGORY_NAMES = {"clothing": "piece of clothing", "furniture": "piece of furniture", "instrument": "musical instrument",
-                   "food": "food"}
+_CATEGORY_NAMES = {
+    "clothing": "piece of clothing",
+    "furniture": "piece of furniture",
+    "instrument": "musical instrument",
+    "food": "food",
+}
 _NAMED = tuple(category for category in CATEGORIES if category != "thing")
 
 
@@ -113,13 +117,17 @@ def _about_all(scene: Scene, rng: random.Random) -> Iterator[Question]:
         yield Question("what", text, noun, _it_is(noun))
     text = _pick(rng, "What color is the background?", "What is the color of the background?")
     yield Question("color", text, scene.color, f"The background is {scene.color}.")
-    text = _pick(rng, f"Is the background {', '.join(PATTERNS[:-1])} or {PATTERNS[-1]}?", "What pattern has the background?")
+    text = _pick(
+        rng, f"Is the background {', '.join(PATTERNS[:-1])} or {PATTERNS[-1]}?", "What pattern has the background?"
+    )
     yield Question("pattern", text, scene.pattern, f"The background is {scene.pattern}.")
     text = _pick(rng, "How many things are in the picture?", "How many things are there in all?")
     sentence = "There is one thing." if total == 1 else f"There are {_NUMBERS[total]} things."
     yield Question("total", text, str(total), sentence)
     if len(counts) > 1:
-        text = _pick(rng, "What things are in the picture?", "List the things in the picture.", "Which things do you see?")
+        text = _pick(
+            rng, "What things are in the picture?", "List the things in the picture.", "Which things do you see?"
+        )
         sentence = f"I see {joined([some(noun, count) for noun, count in counts.items()])}."
         yield Question("list", text, ", ".join(counts), sentence)
     repeated = [noun for noun, count in counts.items() if count > 1]
@@ -138,7 +146,9 @@ def _categories(counts: dict[str, int], rng: random.Random) -> Iterator[Question
     if own or rng.random() < 0.4:
         name = _CATEGORY_NAMES.get(category, category)
         name = name if category == "food" else ("an " if name[0] in "aeiou" else "a ") + name
-        found = f"Yes, {_there_is(own[0])}." if own else f"No, there is no {name.removeprefix('an ').removeprefix('a ')}."
+        found = (
+            f"Yes, {_there_is(own[0])}." if own else f"No, there is no {name.removeprefix('an ').removeprefix('a ')}."
+        )
         yield Question("category", f"Is there {name} in the picture?", "Yes" if own else "No", found)
     for category in _NAMED:
         own = [noun for noun in counts if NOUNS[noun].category == category]

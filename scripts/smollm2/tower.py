@@ -1,7 +1,7 @@
 """Stage 0: the vision tower alone learns what each patch shows, from scratch.
 
-python scripts/smollm2/tower.py --drawings runs/smollm2/drawings --out runs/smollm2/tower
-torchrun --nproc_per_node 2 scripts/smollm2/tower.py …    # two processes of one thread share every batch
+python -m scripts.smollm2.tower --drawings runs/smollm2/drawings --out runs/smollm2/tower
+torchrun --nproc_per_node 2 -m scripts.smollm2.tower …    # two processes of one thread share every batch
 
 A CLIP tower with a convolution stem, 192 × 192 pixels, 144 patches. Every patch is asked which noun it shows (or none),
 whether it holds a thing's centre, where it lies, and the background's colour and pattern; the class row, which nouns
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from smollm2.drawings import SEEN, UNSEEN, Drawings
-from smollm2.nouns import NOUNS
-from smollm2.scenes import COLORS, MOST, PATTERNS, SIDE, Scene, make_scene, render
-
 from llava.model.vision import ConvolutionStem, VisionTower
+from llava.utils import fast_autocast
+
+from .drawings import SEEN, UNSEEN, Drawings
+from .nouns import NOUNS
+from .scenes import COLORS, MOST, PATTERNS, SIDE, Scene, make_scene, render
 
 PATCH = 16
 GRID = SIDE // PATCH
@@ -120,8 +118,15 @@ class Learner(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        config = type("Config", (), {"vision_config": CONFIG.to_dict(), "mm_vision_select_layer": SELECT_LAYER,
-                                     "mm_vision_select_feature": "cls_patch"})
+        config = type(
+            "Config",
+            (),
+            {
+                "vision_config": CONFIG.to_dict(),
+                "mm_vision_select_layer": SELECT_LAYER,
+                "mm_vision_select_feature": "cls_patch",
+            },
+        )
         self.tower = VisionTower(config)
         self.tower.embeddings.patch_embedding = ConvolutionStem(CONFIG.stem_widths, CONFIG.stem_blocks, nn.BatchNorm2d)
         width = CONFIG.hidden_size
@@ -135,9 +140,7 @@ class Learner(nn.Module):
                 "pattern": nn.Linear(width, len(PATTERNS)),
             }
         )
-        self.of_picture = nn.ModuleDict(
-            {"present": nn.Linear(width, len(_NAMES)), "number": nn.Linear(width, MOST)}
-        )
+        self.of_picture = nn.ModuleDict({"present": nn.Linear(width, len(_NAMES)), "number": nn.Linear(width, MOST)})
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss, and shares of right answers by name."""
@@ -217,7 +220,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--bf16", action="store_true", help="autocast, where the processor is fast at it")
     args = parser.parse_args()
     workers, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if workers > 1:
@@ -243,7 +245,7 @@ def main() -> None:
     loader = DataLoader(pictures, args.batch // workers, sampler=mine[rank::workers], num_workers=1, prefetch_factor=8)
     began, log = time.time(), (args.out / "log.jsonl").open("a")
     for batch in loader:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with fast_autocast(torch.device("cpu")):
             loss, figures = learner(batch)
         optimizer.zero_grad()
         loss.backward()

