@@ -7,9 +7,9 @@ weights; only then read weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,18 @@ from transformers.utils import logging
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model import checkpoint, key_mapping
 from llava.model.checkpoint import Weights
-from llava.model.configs import AnyLlavaConfig, is_hf_layout, model_class, model_config, with_decoder_of
+from llava.model.configs import (
+    LLAVA_1_5,
+    AnyLlavaConfig,
+    is_hf_layout,
+    is_language_model,
+    model_class,
+    model_config,
+    with_decoder_of,
+)
 from llava.model.llava_arch import SAMPLING_KEYS
 from llava.model.placement import (
+    Placement,
     attention_for,
     check_device,
     default_device,
@@ -31,13 +40,14 @@ from llava.model.placement import (
     quantization_for,
 )
 from llava.model.processors import TOKENIZER_FILES, load_image_processor, load_tokenizer
-from llava.model.vision import has_vision_tower, tower_name, vision_config_of
+from llava.model.vision import build_projector, has_vision_tower, tower_name, vision_config_of
 from llava.utils import UserError
 
 __all__ = [
     "check_device",
     "context_length",
     "default_device",
+    "load_for_training",
     "load_image_processor",
     "load_pretrained_model",
     "load_tokenizer",
@@ -90,6 +100,78 @@ def load_pretrained_model(
     quantization = quantization_for(load_8bit, load_4bit)
     name = model_name or Path(str(model_path).rstrip("/")).name
     source = _open(model_path, model_base, name)
+    _add_tower(source)
+    offload = {"offload_folder": None if offload_folder is None else str(offload_folder), "max_memory": max_memory}
+    parts = _build(source, str(model_path), placement, attention, quantization, offload)
+    parts[1].eval()
+    return parts
+
+
+def load_for_training(
+    model_path: str | Path,
+    settings: Mapping[str, Any],
+    projector: Path | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    placed: bool = True,
+) -> tuple[Any, Any, Any, int]:
+    """A LLaVA to train: a checkpoint, or a language model that gets a tower and a new projector.
+
+    Args:
+        model_path: a whole LLaVA checkpoint, or a LLaMA or Mistral language model.
+        settings: keys of a LLaVA config (``mm_vision_tower``, ``mm_projector_type``, …) that go before the checkpoint's
+            own; a language model gets LLaVA-1.5's where they say nothing.
+        projector: weights of a projector (a ``mm_projector.bin`` or ``.safetensors``) that go before the checkpoint's.
+        load_8bit, load_4bit, device, dtype, attn_implementation: see :func:`load_pretrained_model`.
+        placed: False: weights are put nowhere, where something else (DeepSpeed's ZeRO-3) distributes them.
+
+    Returns:
+        tokenizer, model (in train mode), CLIP image processor, context length in rows.
+
+    Raises:
+        UserError: one line that says what is wrong; before any weights are read.
+    """
+    placement = placement_for(device, None, dtype)
+    if not placed:
+        placement = replace(placement, device_map=None)
+    attention = attention_for(attn_implementation, False, placement)
+    quantization = quantization_for(load_8bit, load_4bit, placement.dtype)
+    folder = checkpoint.resolve_folder(model_path)
+    raw = checkpoint.read_json(folder / "config.json")
+    if is_language_model(raw):
+        config = model_config(with_decoder_of(raw, {**LLAVA_1_5, **settings}))
+        if not has_vision_tower(config):
+            raise UserError(f"{model_path} is a language model; name the vision tower to put in front (--vision_tower)")
+        checkpoint.fetch_weights(model_path, folder)
+        source = _Source(folder, config, key_mapping.module_names(checkpoint.open_weights(folder)), folder)
+    else:
+        source = _open(model_path, None, Path(str(model_path).rstrip("/")).name)
+        _settle(source, settings, str(model_path))
+    _add_tower(source)
+    if projector is not None:
+        source.weights |= _projector(projector)
+    elif not _any_below(source.weights, key_mapping.PROJECTOR):
+        if getattr(source.config, "mm_hidden_size", None) is None:
+            source.config.mm_hidden_size = vision_config_of(source.config).hidden_size
+        fresh = build_projector(source.config).state_dict()
+        source.weights |= {key_mapping.PROJECTOR + key: weight for key, weight in fresh.items()}
+    parts = _build(source, str(model_path), placement, attention, quantization, {})
+    parts[1].train()
+    return parts
+
+
+def _build(
+    source: _Source,
+    model_path: str,
+    placement: Placement,
+    attention: str,
+    quantization: Any,
+    offload: Mapping[str, Any],
+) -> tuple[Any, Any, Any, int]:
+    """What an understood checkpoint holds: first the small parts and all checks, then the weights."""
     tokenizer = load_tokenizer(source.tokenizer_folder)
     image_processor = load_image_processor(source.folder, source.config)
 
@@ -97,7 +179,7 @@ def load_pretrained_model(
     with torch.device("meta"):
         skeleton = cls(source.config)
     tied = frozenset({"lm_head.weight"} if source.config.tie_word_embeddings else ())
-    checkpoint.check_weights(skeleton, source.weights, tied, str(model_path))
+    checkpoint.check_weights(skeleton, source.weights, tied, model_path)
     if source.adapter_folder is not None:
         _check_adapter(skeleton, source.adapter_folder)
     with _progress(checkpoint.size_in_bytes(source.weights) >= _PROGRESS_FROM):
@@ -109,17 +191,15 @@ def load_pretrained_model(
             device_map=placement.device_map,
             quantization_config=quantization,
             attn_implementation=attention,
-            offload_folder=None if offload_folder is None else str(offload_folder),
-            max_memory=max_memory,
+            **offload,
         )
     # Read by the pruning engine (the published names decide layer 0's rule) and written into saved configs.
-    model.config._name_or_path = str(model_path)
-    model.name_or_path = str(model_path)
+    model.config._name_or_path = model_path
+    model.name_or_path = model_path
     _set_generation_config(model, source.folder, tokenizer)
     if source.adapter_folder is not None:
         model = _merge_adapter(model, source.adapter_folder)
     _add_image_tokens(model, tokenizer)
-    model.eval()
     tower = model.get_vision_tower()
     if tower is not None:
         tower.image_processor = image_processor
@@ -160,12 +240,20 @@ def _open(model_path: str | Path, model_base: str | Path | None, name: str) -> _
         checkpoint.fetch_weights(model_path, folder)
         weights = key_mapping.module_names(checkpoint.open_weights(folder))
         if not _any_below(weights, key_mapping.PROJECTOR) and (folder / "mm_projector.bin").is_file():
-            weights |= _projector(folder)
-        source = _Source(folder, config, weights, tokenizer_folder=folder)
-    else:
-        source = _open_on_base(model_path, folder, raw, model_base, name, "lora" in name.lower() or is_adapter)
-    _add_tower(source)
-    return source
+            weights |= _projector(folder / "mm_projector.bin")
+        return _Source(folder, config, weights, tokenizer_folder=folder)
+    return _open_on_base(model_path, folder, raw, model_base, name, "lora" in name.lower() or is_adapter)
+
+
+def _settle(source: _Source, settings: Mapping[str, Any], model_path: str) -> None:
+    """Let settings go before those of a LLaVA checkpoint."""
+    config, tower = source.config, settings.get("mm_vision_tower")
+    if tower is not None and tower != tower_name(config):
+        if _any_below(source.weights, key_mapping.TOWER):
+            raise UserError(f"{model_path} has its vision tower inside; leave out --vision_tower {tower}")
+        config.vision_config = None  # the other tower's
+    for key, value in settings.items():
+        setattr(config, key, value)
 
 
 def _may_have_weights(model_path: str | Path, folder: Path) -> bool:
@@ -203,7 +291,7 @@ def _open_on_base(
         extras = checkpoint.open_file(extras_file)
         weights |= {key_mapping.from_lora(key): weight for key, weight in extras.items()}
     else:
-        weights |= _projector(folder)
+        weights |= _projector(extras_file)
     if "lm_head.weight" in weights:
         # Fine-tuning may have added tokens that the base's config does not count.
         config.vocab_size = checkpoint.shape_of(weights["lm_head.weight"])[0]
@@ -212,9 +300,8 @@ def _open_on_base(
     return _Source(folder, config, weights, tokenizer_folder, folder if is_adapter else None)
 
 
-def _projector(folder: Path) -> Weights:
+def _projector(file: Path) -> Weights:
     """``mm_projector.bin``, whose keys may carry the wrappers of distributed training in front."""
-    file = folder / "mm_projector.bin"
     found = {}
     for key, weight in checkpoint.open_file(file).items():
         start = max(key.find("mm_projector."), key.find("image_newline"))

@@ -10,6 +10,16 @@ from transformers import LlamaConfig, MistralConfig
 from llava.model.llava_arch import LlavaConfig, LlavaLlamaForCausalLM, LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.utils import UserError
 
+LLAVA_1_5 = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "pad",
+}
+"""LLaVA-1.5's settings, which a new LLaVA gets where nothing else is said."""
+
 AnyLlavaConfig = LlavaConfig | LlavaMistralConfig
 
 _MODEL_OF_CONFIG: dict[type, Any] = {cls.config_class: cls for cls in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM)}
@@ -28,6 +38,11 @@ def model_class(config: AnyLlavaConfig) -> Any:
 def is_hf_layout(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of the HF layout; both layouts call themselves ``llava``."""
     return "text_config" in config and not any(key.startswith("mm_") for key in config)
+
+
+def is_language_model(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is that of a bare language model which can carry a LLaVA."""
+    return config.get("model_type") in _CONFIG_OF_DECODER and not any(key.startswith("mm_") for key in config)
 
 
 def model_config(config: Mapping[str, Any], model_name: str = "") -> AnyLlavaConfig:

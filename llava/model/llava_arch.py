@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import Size, get_anyres_image_grid_shape, merge_type, unpadded_box
 from llava.model import checkpoint
 from llava.model.key_mapping import module_names, original_name
@@ -68,6 +68,7 @@ class SplicedInputs:
         image_numbers: int64 ``[B, N]``, on rows that came from an image (newline rows included) its number, from 1
             through the batch; 0 on others.
         input_ids: int64 ``[B, N]``, the id each row came from: ``IMAGE_TOKEN_INDEX`` on visual rows, 0 on padding.
+        rows_per_id: int64 ``[B, T]``, how many rows each prompt id became; 0 on the prompts' padding.
     """
 
     inputs_embeds: torch.Tensor
@@ -75,6 +76,16 @@ class SplicedInputs:
     position_ids: torch.Tensor
     image_numbers: torch.Tensor
     input_ids: torch.Tensor
+    rows_per_id: torch.Tensor
+
+    def labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels ``[B, T]`` of the prompts' ids as labels ``[B, N]`` of the rows; images and padding have none."""
+        counts = self.rows_per_id.flatten()
+        of_rows = torch.full_like(self.input_ids, IGNORE_INDEX)
+        of_rows = of_rows.masked_scatter(
+            self.attention_mask.bool(), labels.to(counts.device).flatten().repeat_interleave(counts)
+        )
+        return of_rows.masked_fill(self.visual_mask, IGNORE_INDEX)
 
     @property
     def visual_mask(self) -> torch.Tensor:
@@ -312,7 +323,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         positions = (attention.cumsum(dim=-1) - 1).clamp(min=0)
         of_ids = is_image.flatten().cumsum(dim=0) * is_image.flatten()
         numbers = torch.zeros_like(row_ids).masked_scatter(attention, of_ids.repeat_interleave(counts.flatten()))
-        return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids)
+        return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids, counts)
 
     # --- forward and generate ---
 
@@ -339,6 +350,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             images, image_sizes: see :meth:`image_rows`.
             inputs_embeds: ``[B, N, H]`` instead of ``input_ids``.
             visual_mask: bool ``[B, N]``, which rows of ``inputs_embeds`` are visual; read on prefill only.
+            labels: int64 ``[B, T]`` for ``input_ids`` (``[B, N]`` for rows already spliced), ``IGNORE_INDEX`` where
+                none is to be learnt; image rows have none.
             pruning_config: prune this call. The logits are those of the rows that survive; ``[:, -1]`` is the last
                 prompt row.
 
@@ -369,9 +382,8 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             if images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
                 visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
             else:
-                if labels is not None:
-                    raise UserError("labels cannot be given with images: image rows shift them; use the logits")
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
+                labels = None if labels is None else spliced.labels(labels)
                 input_ids, inputs_embeds = None, spliced.inputs_embeds
                 attention_mask, visual_mask = spliced.attention_mask, spliced.image_numbers
                 position_ids = spliced.position_ids

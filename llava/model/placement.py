@@ -118,8 +118,10 @@ def attention_for(asked: str | None, use_flash_attn: bool, placement: Placement)
     return name
 
 
-def quantization_for(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None:
-    """How to quantise while loading; ``None``: not at all.
+def quantization_for(
+    load_8bit: bool, load_4bit: bool, compute_dtype: torch.dtype = torch.float16
+) -> BitsAndBytesConfig | None:
+    """How to quantise while loading; ``None``: not at all. 4-bit products are computed in ``compute_dtype``.
 
     Raises:
         UserError: both were asked for, or bitsandbytes is not installed.
@@ -138,7 +140,7 @@ def quantization_for(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | N
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=whole,

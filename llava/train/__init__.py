@@ -1,0 +1,1 @@
+"""Training as LLaVA users know it, on transformers' Trainer and PEFT: ``python -m llava.train.train``."""
