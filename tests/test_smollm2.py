@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.smollm2 import questions as asking
 from scripts.smollm2.evaluate import figures, samples_of, set_f1
 from scripts.smollm2.export import export
+from scripts.smollm2.larger import enlarge
 from scripts.smollm2.nouns import NEVER_TOGETHER, NOUNS
 from scripts.smollm2.plain import answer
 from scripts.smollm2.scenes import COLORS, SIDE, Scene, Thing, is_held_out, make_scene, render
@@ -214,6 +215,13 @@ def test_the_exported_folder_answers_as_what_was_trained(tmp_path: Path) -> None
     with torch.no_grad():
         expected = wrapped.eval().get_base_model()(input_ids=ids, images=pixels).logits
         torch.testing.assert_close(loaded(input_ids=ids, images=pixels).logits, expected, rtol=1e-3, atol=1e-3)
+
+    enlarge(tmp_path / "shipped", 64, tmp_path / "larger")
+    _, larger, processor, _ = load_pretrained_model(tmp_path / "larger", base, device="cpu")
+    assert processor.crop_size["height"] == 64
+    positions, fewer = (m.get_vision_tower().embeddings.position_embedding.weight for m in (larger, loaded))
+    torch.testing.assert_close(positions[0], fewer[0])
+    assert len(larger.image_rows(torch.randn(1, 3, 64, 64))[0]) == 4 * len(loaded.image_rows(pixels)[0])
 
 
 def test_the_prompt_is_that_of_smollm2s_own_template() -> None:

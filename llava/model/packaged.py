@@ -29,11 +29,16 @@ def packaged_folder(name: str | Path) -> Path | None:
     """The folder of a model that ships, or of a packaged base, converted on first use; None for any other name.
 
     Raises:
-        UserError: the package that holds the base is not installed.
+        UserError: the package that holds the base is not installed, or the weights did not come with this copy.
     """
     if name in PACKAGED_BASES:
         return _converted(_gguf_file(str(name)))
-    return SHIPPED_MODELS.get(name) if isinstance(name, str) else None
+    folder = SHIPPED_MODELS.get(name) if isinstance(name, str) else None
+    if folder is not None and not folder.is_dir():
+        raise UserError(
+            f"the weights of {name} are not in this copy ({folder}); docs/{name}.md tells how to train them"
+        )
+    return folder
 
 
 def cache_folder() -> Path:

