@@ -161,19 +161,21 @@ def main() -> None:
     config = known.pruning_config(args.pruning_config) if args.pruning_config else None
     model = LoadedModel(known, from_arguments(LoadOptions, args))
     seen, unseen = Drawings(args.drawings, SEEN), Drawings(args.drawings, UNSEEN)
-    report: dict[str, Any] = {"model": str(args.model_path), "placement": model.placement}
+    report: dict[str, Any] = {"placement": model.placement}
     if config is not None:
         report["pruning config"] = config.to_dict()
+    if args.out.is_file():  # what an interrupted run has measured
+        report |= checkpoint.read_json(args.out)
     parts = {
         "held-out compositions": samples_of(seen, args.each),
         "a style never seen": samples_of(unseen, args.unseen) if args.unseen else [],
         "another picture": other_pictures(samples_of(seen, args.other)) if args.other else [],
     }
     for name, samples in parts.items():
-        if samples:
+        if samples and name not in report:
             report[name] = figures(samples, answers_to(model, samples, config))
             write_whole(args.out, json.dumps(report, indent=1) + "\n")
-    if args.plain:
+    if args.plain and "plain questions" not in report:
         report["plain questions"] = plain_answers(model, args.base)
         write_whole(args.out, json.dumps(report, indent=1) + "\n")
 
