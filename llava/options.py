@@ -29,8 +29,8 @@ def add_model_options(parser: argparse.ArgumentParser, required: bool = False) -
         "--model-path",
         default=None if required else SHIPPED_MODEL_PATH,
         required=required,
-        help="folder or hub id: a LLaVA checkpoint, or a transformers model of any supported family"
-        + ("" if required else " (default: the model that ships)"),
+        help="folder or hub id: a LLaVA checkpoint, or a transformers model of any supported family; or smollm2, the "
+        "LLaVA on SmolLM2 (docs/smollm2.md)" + ("" if required else " (default: the model that ships)"),
     )
     model.add_argument("--model-base", help="base model of a LoRA or projector-only checkpoint")
     model.add_argument("--conv-mode", help="prompt template, such as vicuna_v1 (default: the checkpoint's)")

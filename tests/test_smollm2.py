@@ -30,7 +30,7 @@ from scripts.smollm2.evaluate import figures, samples_of, set_f1
 from scripts.smollm2.export import export
 from scripts.smollm2.larger import enlarge
 from scripts.smollm2.nouns import NEVER_TOGETHER, NOUNS
-from scripts.smollm2.plain import answer
+from scripts.smollm2.plain import TEST, answer, training_questions, whole_sentences
 from scripts.smollm2.scenes import COLORS, SIDE, Scene, Thing, is_held_out, make_scene, render
 from scripts.smollm2.tower import GRID, labels_of
 
@@ -138,6 +138,11 @@ def test_held_out_questions_are_as_many_as_asked_and_are_scored() -> None:
     assert table["count"]["accuracy"] == table["list"]["mean F1"] == 100
     assert table["count"]["n"] == 4 and table["count"]["interval95"][0] < 100
     assert set_f1("dog, cat", "cat, apple") == 0.5
+
+
+def test_plain_questions_of_the_test_are_not_trained_on() -> None:
+    assert len(set(TEST)) == 50 and not set(TEST) & set(training_questions())
+    assert whole_sentences("It is Paris. The city of") == "It is Paris."
 
 
 # --- the tower ---
