@@ -125,7 +125,8 @@ class VisionTower(CLIPVisionModel):
     def __init__(self, config: Any) -> None:
         super().__init__(vision_config_of(config))
         if widths := getattr(self.config, "stem_widths", None):
-            self.embeddings.patch_embedding = ConvolutionStem(widths, self.config.stem_blocks)
+            stem = ConvolutionStem(widths, self.config.stem_blocks)
+            self.embeddings.patch_embedding = stem  # type: ignore[assignment]
         layer = getattr(config, "mm_vision_select_layer", -2)
         feature = getattr(config, "mm_vision_select_feature", "patch")
         depth = self.config.num_hidden_layers + 1

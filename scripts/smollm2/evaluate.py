@@ -126,8 +126,10 @@ def other_pictures(samples: Sequence[Sample]) -> list[Sample]:
     """The same questions and right answers, each with the picture of another question of its kind."""
     shuffled = []
     for number, sample in enumerate(samples):
-        same = [other.picture for other in samples if other.kind == sample.kind and other.picture is not sample.picture]
-        shuffled.append(Sample(sample.kind, sample.question, sample.right, random.Random(number).choice(same)))
+        others = [other for other in samples if other.picture is not sample.picture]
+        same = [other for other in others if other.kind == sample.kind]
+        chosen = random.Random(number).choice(same or others)
+        shuffled.append(Sample(sample.kind, sample.question, sample.right, chosen.picture))
     return shuffled
 
 

@@ -115,8 +115,7 @@ def answer(model: Any, tokenizer: Any, questions: list[str], most: int, batch: i
         prompts = [build_prompt(MODE, [(question, None)]) for question in questions[start : start + batch]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs.pop("token_type_ids", None)
-        with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            rows = model.generate(**inputs, max_new_tokens=most, do_sample=False)
+        rows = model.generate(**inputs, max_new_tokens=most, do_sample=False)
         answers += [text.strip() for text in tokenizer.batch_decode(_new(rows, inputs), skip_special_tokens=True)]
     return answers
 
