@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from family_models import family_model
 from family_reference import Hidden, Recorder, between, masks_hide
 from naive import NaiveResult, naive_generate
 from transformers import DynamicCache, StaticCache
@@ -582,12 +583,14 @@ def test_an_attention_mask_of_another_width_is_refused(ready) -> None:
         model.generate(**inputs, attention_mask=attention, pruning_config=config)
 
 
-def test_labels_are_refused(ready) -> None:
+def test_labels_are_refused_where_a_model_does_not_let_them_follow_its_rows() -> None:
     # All rows may survive in this prompt and not in the next: the loss would be of other tokens, or none.
-    model, rows, visual, config = ready
-    labels = torch.zeros(1, len(rows), dtype=torch.long)
-    with pytest.raises(UnsupportedCallError, match="labels"):
-        model(inputs_embeds=rows[None], visual_mask=visual[None], labels=labels, pruning_config=config)
+    # This project's own models take them: test_train_pruned.py.
+    model = family_model("llava")
+    ids = torch.tensor([[5, 6, 7]])
+    config = {"mode": ["deep"], "mid_deep_layer": 1}
+    with prune(model, config), pytest.raises(UnsupportedCallError, match="labels"):
+        model(input_ids=ids, labels=ids)
 
 
 def test_a_layer_out_of_the_models_range_is_refused_before_work(ready) -> None:

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "pruning": {"utils"},
     "model": {"pruning", "constants", "mm_utils", "images", "conversation", "utils"},
     "inference": MODEL,
+    "train": MODEL,
     "eval": INFERENCE,
     "calibrate": {"eval", *INFERENCE},
     "visualize": INFERENCE,

@@ -208,7 +208,16 @@ def test_calls_that_say_two_things_are_refused(model):
     with pytest.raises(UserError, match="use_cache=False"):
         model.generate(ids, images=images, use_cache=False)
     with pytest.raises(UserError, match="labels"):
-        model(ids, images=images, labels=ids)
+        model(ids, images=images, labels=ids[:, :1])
+
+
+def test_labels_go_with_their_ids_past_the_images_rows(model):
+    ids, images = torch.tensor([[1, IMAGE, 5, 6], [1, 5, 7, 0]]), pictures(1)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    spliced = model.splice(ids, mask, images)
+    labels = spliced.labels(ids.masked_fill(ids == 5, -100))
+    rows = spliced.inputs_embeds.shape[1]
+    assert labels.tolist() == [[1] + [-100] * (rows - 2) + [6], [-100] * (rows - 3) + [1, -100, 7]]
 
 
 def test_images_of_a_wrong_shape_are_refused(model):

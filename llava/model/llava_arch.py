@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,7 +38,7 @@ from llava.mm_utils import Size, get_anyres_image_grid_shape, merge_type, unpadd
 from llava.model import checkpoint
 from llava.model.key_mapping import module_names, original_name
 from llava.model.vision import VisionTower, build_projector, has_vision_tower
-from llava.pruning import Method, PruningTrace, call_lock, prune
+from llava.pruning import Method, PruningRun, PruningTrace, call_lock, open_run, prune
 from llava.pruning.generation import Generation
 from llava.utils import UserError
 
@@ -79,7 +81,13 @@ class SplicedInputs:
     rows_per_id: torch.Tensor
 
     def labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels ``[B, T]`` of the prompts' ids as labels ``[B, N]`` of the rows; images and padding have none."""
+        """Labels ``[B, T]`` of the prompts' ids as labels ``[B, N]`` of the rows; images and padding have none.
+
+        Raises:
+            UserError: not as many labels as ids.
+        """
+        if labels.shape != self.rows_per_id.shape:
+            raise UserError(f"labels have shape {list(labels.shape)}; the prompt ids {list(self.rows_per_id.shape)}")
         counts = self.rows_per_id.flatten()
         of_rows = torch.full_like(self.input_ids, IGNORE_INDEX)
         of_rows = of_rows.masked_scatter(
@@ -121,6 +129,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
 
     config_class: Any = LlavaConfig
     decoder_class: Any = LlamaModel
+    labels_follow_rows = True  # so that they may be given while rows are pruned
     _last_pruning_traces: tuple[PruningTrace, ...] = ()
     sampling_settings: Mapping[str, float] = MappingProxyType({})
     """What the checkpoint's generation_config.json says of sampling without turning it on; used by callers who do."""
@@ -325,6 +334,15 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         numbers = torch.zeros_like(row_ids).masked_scatter(attention, of_ids.repeat_interleave(counts.flatten()))
         return SplicedInputs(embeds, attention.long(), positions, numbers, row_ids, counts)
 
+    def _beside_a_picture(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``[B, N, H]`` of prompts without a picture, to which a black one adds 0: in distributed training every
+        process has to come by the same weights."""
+        tower = self.get_vision_tower()
+        if tower is None:
+            return rows
+        black = torch.zeros(1, 3, tower.image_size, tower.image_size, device=rows.device)
+        return rows + 0 * self.encode_images(black).sum().to(rows)
+
     # --- forward and generate ---
 
     def forward(
@@ -358,7 +376,7 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
         The other arguments are transformers' own.
         """
         if pruning_config is not None:
-            with call_lock(self), prune(self, pruning_config) as run:
+            with call_lock(self), prune(self, pruning_config) as own_run:
                 outputs = self(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -373,13 +391,14 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                     visual_mask=visual_mask,
                     **kwargs,
                 )
-            self._last_pruning_traces = tuple(run.traces)
+            self._last_pruning_traces = tuple(own_run.traces)
             return outputs
         if images is not None and input_ids is None:
             raise UserError("images go with input_ids; rows in inputs_embeds already hold theirs")
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        run = None if labels is None else open_run(self)
         if is_prefill and input_ids is not None:
-            if images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+            if run is None and images is None and not bool((input_ids == IMAGE_TOKEN_INDEX).any()):
                 visual_mask = torch.zeros_like(input_ids, dtype=torch.bool)
             else:
                 spliced = self.splice(input_ids, attention_mask, images, image_sizes)
@@ -387,20 +406,28 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
                 input_ids, inputs_embeds = None, spliced.inputs_embeds
                 attention_mask, visual_mask = spliced.attention_mask, spliced.image_numbers
                 position_ids = spliced.position_ids
+            if images is None and self.training and torch.distributed.is_initialized():
+                rows = self.model.language_model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+                input_ids, inputs_embeds = None, self._beside_a_picture(rows)
         if is_prefill and visual_mask is not None:
             kwargs["visual_mask"] = visual_mask
         # Attention functions take keywords that they do not know, so without an engine the mask goes unread.
-        return super().forward(
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
+            labels=labels if run is None else None,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if run is not None and labels is not None:
+            targets = _targets(labels, run).to(outputs.logits.device)
+            vocabulary = self.config.vocab_size
+            outputs.loss = self.loss_function(outputs.logits, None, vocabulary, shift_labels=targets, **kwargs)
+        return outputs
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -535,6 +562,21 @@ class LlavaLlamaForCausalLM(LlavaForConditionalGeneration):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+
+def _targets(labels: torch.Tensor, run: PruningRun) -> torch.Tensor:
+    """What each row that is left has to predict: the label of the row that was behind it in the whole prompt.
+
+    ``labels`` are those of all rows, ``[B, N]``, left-padded; so are the targets, ``[B, longest]``. What only a row
+    that left could have predicted, nobody does.
+    """
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    targets = []
+    for own, trace, left in zip(following, run.traces, run.rows_left, strict=True):
+        positions = torch.from_numpy(left).to(own.device)
+        own = own[len(own) - trace.num_rows :]
+        targets.append(own[positions.clamp(min=0)].masked_fill(positions < 0, IGNORE_INDEX))
+    return pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX, padding_side="left")
 
 
 class _WithoutPrompt(BaseStreamer):

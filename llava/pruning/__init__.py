@@ -7,7 +7,7 @@ may look at), `prefill.py` (one forward, layer by layer) and `hooks.py` (how it 
 from .decisions import LEAVE, Cause, Keep, Read, Treatment, keep_best
 from .errors import PruningConfigError, UnsupportedCallError, UnsupportedModelError
 from .families import supported_models
-from .hooks import PruningRun, call_lock, prune
+from .hooks import PruningRun, call_lock, open_run, prune
 from .method import METHODS, Method, register
 from .methods import VisiPruner
 from .trace import Decision, PruningTrace
@@ -35,6 +35,7 @@ __all__ = [
     "VisiPruner",
     "call_lock",
     "keep_best",
+    "open_run",
     "prune",
     "register",
     "supported_models",

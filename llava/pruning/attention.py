@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from . import varlen
 from .decisions import Read, Treatment
@@ -75,7 +76,13 @@ def attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sc
 def attend_with_lse(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, *, causal: bool, tally: Tally
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend`, and the log-sum-exp of each row's scores, `[heads, rows]`, float32 or wider."""
+    """`attend`, and the log-sum-exp of each row's scores, `[heads, rows]`, float32 or wider.
+
+    Kernels hand their log-sum-exp out without a gradient, so that training computes it once more.
+    """
+    if torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad):
+        output = attend(query, keys, values, scale, causal=causal, tally=tally)
+        return output, score_lse(query, keys, scale, causal=causal, tally=tally)
     if query.device.type in FUSED_LSE_DEVICES:
         tally.add(query, keys)
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -100,14 +107,21 @@ def score_lse(
     keys = keys.to(wide).transpose(1, 2)
     grouped = query.view(kv_heads, heads // kv_heads, rows, head_dim)
     step = max(1, SCORE_CHUNK // (heads * num_keys))
-    parts = []
-    for start in range(0, rows, step):
-        block = grouped[:, :, start : start + step].to(wide)
+
+    def lse_of(block: torch.Tensor, start: int) -> torch.Tensor:
         scores = (block.flatten(1, 2) @ keys * scale).view(*block.shape[:3], num_keys)
         if causal:
             row = torch.arange(start, start + block.shape[2], device=query.device)[:, None]
             scores.masked_fill_(torch.arange(num_keys, device=query.device) > row, -torch.inf)
-        parts.append(torch.logsumexp(scores, dim=-1).flatten(0, 1))
+        return torch.logsumexp(scores, dim=-1).flatten(0, 1)
+
+    parts = []
+    for start in range(0, rows, step):
+        block = grouped[:, :, start : start + step].to(wide)
+        # With a gradient to come, the scores are computed again for it rather than kept.
+        parts.append(
+            checkpoint(lse_of, block, start, use_reentrant=False) if block.requires_grad else lse_of(block, start)
+        )
     return torch.cat(parts, dim=1)
 
 
@@ -209,7 +223,8 @@ def _read_no_image(
         behind = int(rows.text.searchsorted(stop))
         if behind < len(rows.text):
             run_lse = score_lse(text_query[:, behind:], keys[:, first:stop], scale, tally=tally)
-            image_lse[:, behind:] = torch.logaddexp(image_lse[:, behind:], run_lse)
+            # Not in place: a gradient needs what was there.
+            image_lse = torch.cat([image_lse[:, :behind], torch.logaddexp(image_lse[:, behind:], run_lse)], dim=1)
     output[:, text] = (torch.sigmoid(text_lse - image_lse)[..., None] * text_output).to(query.dtype)
     return output
 

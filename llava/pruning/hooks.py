@@ -93,7 +93,12 @@ class _ModelCall:
 
 
 class PruningRun:
-    """What `prune` gives: `traces` of the last prefill, one a prompt, in batch order."""
+    """What `prune` gives: `traces` of the last prefill, one a prompt, in batch order.
+
+    Attributes:
+        rows_left: for each prompt, positions in the unpruned prompt of the rows that came out of its last prefill,
+            int64; -1: a row that stands for no patch.
+    """
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class PruningRun:
         ragged: bool = False,
     ):
         self.traces: list[PruningTrace] = []
+        self.rows_left: list[np.ndarray] = []
         self._adapter = adapter
         self._plans = [Plan.of(method, len(adapter.layers)) for method in methods]  # one for all prompts, or one each
         self._forks = forks
@@ -221,7 +227,7 @@ class PruningRun:
         self._call = _ModelCall(visual, self._adapter.family.images(kwargs), head_rows)
         if self._prunes and kwargs.get("output_attentions"):
             raise UnsupportedCallError("output_attentions is not available with pruning: attention is fused")
-        if self._prunes and kwargs.get("labels") is not None:
+        if self._prunes and kwargs.get("labels") is not None and not getattr(module, "labels_follow_rows", False):
             raise UnsupportedCallError("labels cannot be given with pruning: rows they belong to may be gone")
 
     def _forget_pictures(self) -> None:
@@ -295,11 +301,13 @@ class PruningRun:
             samples.append(self._sample(Rows.of_prompt(mask[pad:], num_drafts), which, images, call))
             samples[-1].original = samples[number - number % copies] if number % copies else None
         self.traces = [sample.trace for sample in samples[::copies]]
+        self.rows_left = [np.arange(sample.rows.num_prompt) for sample in samples]
         if not self._prunes:
             heads = self._adapter.decoder.config.num_attention_heads
             for trace in self.traces:
                 note_dense(trace, len(self._adapter.layers), heads)
             return None
+        _refuse_recomputing(self._adapter.layers)
         state = Prefill(
             samples,
             padding,
@@ -388,6 +396,8 @@ class PruningRun:
     def _after_decoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
         state = self._forward[0] if self._forward is not None else None
         self._forward = None
+        if isinstance(state, Prefill):
+            self.rows_left = [sample.positions_here() for sample in state.samples]
         if isinstance(state, Prefill) and self._forks:
             self.traces = [sample.trace for sample in state.samples]
         for trace in self.traces if isinstance(state, Prefill) or not self._prunes else []:
@@ -454,6 +464,17 @@ def _stretches(numbers: np.ndarray, rows_per_image: int) -> list[tuple[int, int]
     ]
 
 
+def _refuse_recomputing(layers: Sequence[Any]) -> None:
+    """Gradient checkpointing runs a layer again when the rows that it had are no longer known."""
+    if torch.is_grad_enabled() and any(
+        getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers
+    ):
+        raise UnsupportedCallError(
+            "gradient checkpointing runs layers a second time, which pruning does not support; turn it off "
+            "(--gradient_checkpointing False): rows that left take no memory either"
+        )
+
+
 def _padding(attention_mask: torch.Tensor | None, batch: int, width: int) -> list[int]:
     """Leading padding rows of every sample."""
     if attention_mask is None:
@@ -501,6 +522,12 @@ def call_lock(model: nn.Module) -> Any:
 
 def _seat_of(decoder: nn.Module) -> _Seat:
     return _seats.setdefault(decoder, _Seat())
+
+
+def open_run(model: nn.Module) -> PruningRun | None:
+    """The run of the block that is open on this model, if one is."""
+    seat = _seat_of(cast(Any, model).get_decoder())
+    return None if seat.run is None else seat.run[0]
 
 
 def _method_for(adapter: Adapter, config: Config) -> Method | None:

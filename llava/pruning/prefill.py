@@ -98,6 +98,13 @@ class Sample:
         """What `layer` does with the visual rows that it is given."""
         return self.plan.treatments[layer] if len(self.here.visual) else Treatment()
 
+    def positions_here(self) -> np.ndarray:
+        """Positions in the unpruned prompt of the rows in `here`, int64; -1: a row that stands for no patch."""
+        text = np.setdiff1d(np.arange(self.trace.num_rows), self.trace.visual_positions, assume_unique=True)
+        positions = np.empty(self.here.num_prompt, dtype=np.int64)
+        positions[self.here.text], positions[self.here.visual] = text, self.here.positions
+        return positions
+
 
 @dataclass
 class Prefill:
@@ -236,7 +243,9 @@ class Prefill:
                 self.final_norm,
                 sample.crops if layer == BEFORE_DECODER else None,
             )
-            if measured := method.measure(view):
+            with torch.no_grad():  # a choice has no gradient
+                measured = method.measure(view)
+            if measured:
                 measures[number] = dict(measured)
                 at = max(layer, 0)
                 sample.trace.score_pairs[at] += view.tally.scores

@@ -46,6 +46,7 @@ class DataArguments:
     data_path: str = field(metadata={"help": "LLaVA's JSON: a list of {id, image, conversations}; or JSON lines"})
     image_folder: str | None = flag(None, "folder that the pictures' names are relative to")
     image_aspect_ratio: str | None = flag(None, "pad, square or anyres (default: the checkpoint's, else pad)")
+    image_grid_pinpoints: str | None = flag(None, "grids of anyres, a list of [width, height] in pixels")
     eval_data_path: str | None = flag(None, "held-out samples, whose loss is logged")
     eval_fraction: float = flag(0.0, "or this share of --data_path is held out")
     on_bad_sample: str = flag("skip", "what to do with samples that cannot be used: skip (and name them) or refuse")
@@ -76,6 +77,7 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = flag(0.05, "dropout in front of the adapter")
     lora_bias: str = flag("none", "LLaVA's flag; none is what this project trains")
     bits: int = flag(16, "4 or 8: hold the frozen language model quantised (with --lora_enable; extra 'quant')")
+    pruning_config: str | None = flag(None, "prune visual tokens in every step: JSON or @file")
     overwrite_output_dir: bool = flag(False, "train anew where --output_dir holds a finished model or checkpoints")
 
     # What transformers 5 calls otherwise.
@@ -120,9 +122,11 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
         raise UserError("--tune_mm_mlp_adapter trains the projector alone; leave out --lora_enable")
     if training.freeze_mm_mlp_adapter and (model.tune_mm_mlp_adapter or model.freeze_backbone):
         raise UserError("--freeze_mm_mlp_adapter leaves nothing to train; leave it out")
+    if training.pruning_config and training.gradient_checkpointing:
+        raise UserError(
+            "--pruning_config and --gradient_checkpointing exclude each other: layers that run again no longer know "
+            "their rows; give --gradient_checkpointing False (rows that left take no memory either)"
+        )
     if training.eval_strategy != "no" and not (data.eval_data_path or data.eval_fraction):
         raise UserError("--eval_strategy needs held-out samples: --eval_data_path or --eval_fraction")
     return model, data, training
-
-
-__all__ = ["Arguments", "DataArguments", "ModelArguments", "TrainingArguments", "parse"]

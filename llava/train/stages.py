@@ -7,6 +7,7 @@ first stage's and LoRA's with the base model beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,11 @@ def save(model: Any, stage: Stage, folder: Path, state: Weights | None = None) -
     if stage is Stage.FULL:
         plain.save_pretrained(folder, state_dict=dict(weights))
         return
-    plain.config.architectures = [type(plain).__name__]
-    plain.config.save_pretrained(folder)
+    config = deepcopy(plain.config)
+    config.architectures = [type(plain).__name__]
+    if hasattr(config, "quantization_config"):  # of the base while it was trained on, not of what is saved
+        del config.quantization_config
+    config.save_pretrained(folder)
     projector = {_short(name): weight for name, weight in weights.items() if is_projector(name)}
     if stage is Stage.PROJECTOR:
         torch.save(projector, folder / f"{_PROJECTOR}.bin")

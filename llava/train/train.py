@@ -23,8 +23,9 @@ from llava.conversation import conversation_mode
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_for_training
 from llava.train import stages
-from llava.train.arguments import Arguments, DataArguments, ModelArguments, TrainingArguments, parse
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments, parse
 from llava.train.data import ConversationDataset, Sample, collate, read_samples, split
+from llava.train.pruned import method_for_training
 from llava.train.stages import Stage
 from llava.train.trainer import LlavaTrainer
 from llava.utils import UserError, run_main
@@ -50,6 +51,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         UserError: one line that says what is wrong; all that can be, before weights are read.
     """
     stage = Stage.of(model_args, training_args)
+    pruning = method_for_training(training_args.pruning_config)
+    conversation_mode("", asked=model_args.version)
     resumed = _where_to_resume(model_args, training_args)
     skip_bad = data_args.on_bad_sample == "skip"
     samples = read_samples(data_args.data_path, data_args.image_folder, skip_bad)
@@ -62,17 +65,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
 
     set_seed(training_args.seed)
     tokenizer, model, image_processor, _ = _load(stage, model_args, data_args, training_args)
+    if pruning is not None:
+        pruning.validate_for(model.config.num_hidden_layers)
     mode = _template(model_args, model.config)
     training_data, evaluation_data = (
         _dataset(part, mode, tokenizer, image_processor, model, training_args, skip_bad) for part in (samples, held_out)
     )
-    model.config.use_cache = False
     model = stages.prepare(model, stage, training_args)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    logger.info(f"Training {stage.value}: {trained:,} numbers, on {len(samples):,} samples under template {mode}")
+    if training_args.process_index == 0:
+        logger.info(f"Training {stage.value}: {trained:,} numbers, on {len(samples):,} samples under template {mode}")
 
     trainer = LlavaTrainer(
         stage,
+        pruning,
         tokenizer,
         image_processor,
         model=model,
@@ -82,7 +88,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         data_collator=collate,
     )
     trainer.train(resume_from_checkpoint=resumed)
-    model.config.use_cache = True
     trainer.save_model()
     trainer.save_state()
     if found := training_data.report():
@@ -96,7 +101,7 @@ def _where_to_resume(model_args: ModelArguments, training_args: TrainingArgument
     Raises:
         UserError: the folder holds what must not be overwritten.
     """
-    folder = Path(training_args.output_dir).expanduser()
+    folder = Path(str(training_args.output_dir)).expanduser()
     if folder.exists() and folder.resolve() == Path(model_args.model_name_or_path).expanduser().resolve():
         raise UserError(f"--output_dir {folder} is the model that is trained; give another folder")
     if training_args.resume_from_checkpoint not in (None, "True", "False"):
@@ -105,7 +110,8 @@ def _where_to_resume(model_args: ModelArguments, training_args: TrainingArgument
         return None
     if training_args.overwrite_output_dir:
         for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
+            if training_args.process_index == 0:
+                shutil.rmtree(old)
         return None
     if any((folder / name).exists() for name in stages.FINISHED):
         raise UserError(
@@ -126,6 +132,7 @@ def _load(stage: Stage, model_args: ModelArguments, data_args: DataArguments, tr
         "mm_use_im_start_end": model_args.mm_use_im_start_end,
         "mm_use_im_patch_token": model_args.mm_use_im_patch_token,
         "image_aspect_ratio": data_args.image_aspect_ratio,
+        "image_grid_pinpoints": data_args.image_grid_pinpoints,
     }
     projector = model_args.pretrain_mm_mlp_adapter
     dtype = torch.float32
@@ -175,5 +182,3 @@ def _dataset(
 
 if __name__ == "__main__":
     run_main(main)
-
-__all__ = ["Arguments", "main", "train"]

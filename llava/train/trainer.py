@@ -1,4 +1,4 @@
-"""transformers' Trainer, told LLaVA's order of samples, the learning rate of its projector, and the files of a stage."""
+"""transformers' Trainer, told LLaVA's order of samples, its learning rate for the projector, and a stage's files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from llava.pruning import Method
 from llava.train import stages
+from llava.train.arguments import TrainingArguments
 from llava.train.data import ConversationDataset
 
 
@@ -54,12 +56,16 @@ class LlavaTrainer(Trainer):
 
     Args:
         stage: whose weights are trained, saved and resumed.
+        pruning: prunes every forward, of held-out samples too.
         tokenizer, image_processor: saved beside the weights.
     """
 
-    def __init__(self, stage: stages.Stage, tokenizer: Any, image_processor: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, stage: stages.Stage, pruning: Method | None, tokenizer: Any, image_processor: Any, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.stage, self.tokenizer, self.image_processor = stage, tokenizer, image_processor
+        self.args: TrainingArguments
+        self.stage, self.pruning, self.tokenizer, self.image_processor = stage, pruning, tokenizer, image_processor
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -75,7 +81,8 @@ class LlavaTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         rate = self.args.mm_projector_lr
         if is_new and rate is not None:
-            named = (self.model if model is None else model).named_parameters()
+            whole: Any = self.model if model is None else model
+            named = whole.named_parameters()
             projector = {parameter for name, parameter in named if stages.is_projector(name)}
             for group in list(optimizer.param_groups):
                 own = [parameter for parameter in group["params"] if parameter in projector]
@@ -84,10 +91,14 @@ class LlavaTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = {**super()._prepare_inputs(inputs), "use_cache": False}
+        return prepared if self.pruning is None else {**prepared, "pruning_config": self.pruning}
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         stages.save(self.model, self.stage, folder, state_dict)
         self.tokenizer.save_pretrained(folder)

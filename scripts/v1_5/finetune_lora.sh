@@ -1,37 +1,24 @@
 #!/bin/bash
-# Second stage with LoRA: an adapter of the language model, with the projector. OUTPUT loads with --model-base MODEL.
+# Second stage with LoRA: an adapter of the language model, with the projector. OUTPUT loads with MODEL as its base.
 set -euo pipefail
 # shellcheck source=scripts/v1_5/train_common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/train_common.sh"
 
-train 128 zero3.json \
+settings llava_v1_5_mix665k.json "" questions.json llava-v1.5-7b-lora \
+  --lora_r 16 --lora_alpha 32 --learning_rate 3e-3 --mm_projector_lr 1e-3 --max_steps 40
+train 128 16 zero3.json \
+  --version v1 \
+  --image_aspect_ratio pad \
+  --group_by_modality_length True \
+  --save_steps 50000 \
   --lora_enable True \
   --lora_r 128 \
   --lora_alpha 256 \
   --mm_projector_lr 2e-5 \
-  --model_name_or_path "$LANGUAGE_MODEL" \
-  --version v1 \
-  --data_path "${DATA:-$ROOT/playground/data/llava_v1_5_mix665k.json}" \
-  --image_folder "${IMAGES:-$ROOT/playground/data}" \
-  ${tower[@]+"${tower[@]}"} \
-  ${projector[@]+"${projector[@]}"} \
+  --learning_rate 2e-4 \
   --mm_projector_type mlp2x_gelu \
   --mm_vision_select_layer -2 \
   --mm_use_im_start_end False \
   --mm_use_im_patch_token False \
-  --image_aspect_ratio pad \
-  --group_by_modality_length True \
-  --output_dir "${OUTPUT:-$ROOT/checkpoints/llava-v1.5-7b-lora}" \
-  --num_train_epochs 1 \
-  --save_strategy steps \
-  --save_steps 50000 \
-  --save_total_limit 1 \
-  --learning_rate 2e-4 \
-  --weight_decay 0. \
-  --warmup_ratio 0.03 \
-  --lr_scheduler_type cosine \
-  --logging_steps 1 \
-  --model_max_length 2048 \
-  --gradient_checkpointing True \
-  --dataloader_num_workers 4 \
+  ${small[@]+"${small[@]}"} \
   "$@"

@@ -1,28 +1,17 @@
 #!/bin/bash
-# A whole LLaVA tuned further on data of your own. Writes a whole checkpoint into OUTPUT.
+# A whole LLaVA, tuned further on data of your own. Writes a whole checkpoint into OUTPUT.
 set -euo pipefail
 # shellcheck source=scripts/v1_5/train_common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/train_common.sh"
 
-train 128 zero3.json \
-  --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-13b}" \
+[[ -n $MODEL ]] || MODEL=liuhaotian/llava-v1.5-13b
+: "${DATA:?name your data, a JSON file of samples}"
+settings "" "" "" llava-v1.5-13b-task
+train 128 16 zero3.json \
   --version v1 \
-  --data_path "${DATA:?a JSON file of samples}" \
-  --image_folder "${IMAGES:-$ROOT/playground/data}" \
-  ${VISION_TOWER:+--vision_tower} ${VISION_TOWER:+"$VISION_TOWER"} \
   --image_aspect_ratio pad \
   --group_by_modality_length True \
-  --output_dir "${OUTPUT:-$ROOT/checkpoints/llava-v1.5-13b-task}" \
-  --num_train_epochs 1 \
-  --save_strategy steps \
   --save_steps 50000 \
-  --save_total_limit 1 \
   --learning_rate 2e-5 \
-  --weight_decay 0. \
-  --warmup_ratio 0.03 \
-  --lr_scheduler_type cosine \
-  --logging_steps 1 \
-  --model_max_length 2048 \
-  --gradient_checkpointing True \
-  --dataloader_num_workers 4 \
+  ${small[@]+"${small[@]}"} \
   "$@"

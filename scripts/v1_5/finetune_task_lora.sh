@@ -1,32 +1,21 @@
 #!/bin/bash
-# A LoRA adapter of a whole LLaVA, on data of your own. OUTPUT loads with --model-base MODEL.
+# A LoRA adapter of a whole LLaVA, on data of your own. OUTPUT loads with MODEL as its base.
 set -euo pipefail
 # shellcheck source=scripts/v1_5/train_common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/train_common.sh"
 
-train 128 zero3.json \
+[[ -n $MODEL ]] || MODEL=liuhaotian/llava-v1.5-13b
+: "${DATA:?name your data, a JSON file of samples}"
+settings "" "" "" llava-v1.5-13b-task-lora
+train 128 16 zero3.json \
+  --version v1 \
+  --image_aspect_ratio pad \
+  --group_by_modality_length True \
+  --save_steps 50000 \
   --lora_enable True \
   --lora_r 128 \
   --lora_alpha 256 \
   --mm_projector_lr 2e-5 \
-  --model_name_or_path "${MODEL:-liuhaotian/llava-v1.5-13b}" \
-  --version v1 \
-  --data_path "${DATA:?a JSON file of samples}" \
-  --image_folder "${IMAGES:-$ROOT/playground/data}" \
-  ${VISION_TOWER:+--vision_tower} ${VISION_TOWER:+"$VISION_TOWER"} \
-  --image_aspect_ratio pad \
-  --group_by_modality_length True \
-  --output_dir "${OUTPUT:-$ROOT/checkpoints/llava-v1.5-13b-task-lora}" \
-  --num_train_epochs 1 \
-  --save_strategy steps \
-  --save_steps 50000 \
-  --save_total_limit 1 \
   --learning_rate 2e-4 \
-  --weight_decay 0. \
-  --warmup_ratio 0.03 \
-  --lr_scheduler_type cosine \
-  --logging_steps 1 \
-  --model_max_length 2048 \
-  --gradient_checkpointing True \
-  --dataloader_num_workers 4 \
+  ${small[@]+"${small[@]}"} \
   "$@"
