@@ -26,7 +26,7 @@ from llava.utils import UserError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.smollm2 import questions as asking
-from scripts.smollm2.evaluate import figures, samples_of, set_f1
+from scripts.smollm2.evaluate import figures, is_right, samples_of, set_f1
 from scripts.smollm2.export import export
 from scripts.smollm2.larger import enlarge
 from scripts.smollm2.nouns import NEVER_TOGETHER, NOUNS
@@ -137,11 +137,12 @@ def test_held_out_questions_are_as_many_as_asked_and_are_scored() -> None:
     table = figures(samples, [sample.right.upper() + "." for sample in samples])
     assert table["count"]["accuracy"] == table["list"]["mean F1"] == 100
     assert table["count"]["n"] == 4 and table["count"]["interval95"][0] < 100
+    assert is_right("It is paris.", "London, Paris") and not is_right("Parisian", "Paris")
     assert set_f1("dog, cat", "cat, apple") == 0.5
 
 
 def test_plain_questions_of_the_test_are_not_trained_on() -> None:
-    assert len(set(TEST)) == 50 and not set(TEST) & set(training_questions())
+    assert len(TEST) == 50 and not set(TEST) & set(training_questions())
     assert whole_sentences("It is Paris. The city of") == "It is Paris."
 
 

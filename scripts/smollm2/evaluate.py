@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,15 +136,30 @@ def other_pictures(samples: Sequence[Sample]) -> list[Sample]:
 
 def plain_answers(model: LoadedModel, base_path: str) -> dict[str, Any]:
     """The answers without a picture of the finished model and of its base, and how many are the same."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     own = answer(model.model, model.tokenizer, list(TEST), ANSWER_TOKENS)
-    base = AutoModelForCausalLM.from_pretrained(checkpoint.resolve_folder(base_path), dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(checkpoint.resolve_folder(base_path), dtype=model.model.dtype).eval()
     theirs = answer(base, model.tokenizer, list(TEST), ANSWER_TOKENS)
-    same = [bare(one) == bare(other) for one, other in zip(own, theirs, strict=True)]
+    right, base_right = (
+        [is_right(text, TEST[q]) for q, text in zip(TEST, said, strict=True)] for said in (own, theirs)
+    )
     answers = [{"question": q, "answer": a, "base": b} for q, a, b in zip(TEST, own, theirs, strict=True)]
-    return {"to the letter the same": sum(same), "n": len(same), "answers": answers}
+    return {
+        "n": len(TEST),
+        "right": sum(right),
+        "right of the base": sum(base_right),
+        "right or wrong as the base": sum(one == other for one, other in zip(right, base_right, strict=True)),
+        "first sentence to the letter the base's": sum(
+            one.split(".")[0] == other.split(".")[0] for one, other in zip(own, theirs, strict=True)
+        ),
+        "answers": answers,
+    }
+
+
+def is_right(text: str, words: str) -> bool:
+    """Whether one of ``words`` (joined by commas) stands in the text."""
+    return any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in words.split(", "))
 
 
 def main() -> None:
