@@ -31,7 +31,7 @@ from scripts.smollm2.export import export
 from scripts.smollm2.larger import enlarge
 from scripts.smollm2.nouns import NEVER_TOGETHER, NOUNS
 from scripts.smollm2.plain import TEST, answer, training_questions, whole_sentences
-from scripts.smollm2.scenes import COLORS, SIDE, Scene, Thing, is_held_out, make_scene, render
+from scripts.smollm2.scenes import COLORS, SIDE, Scene, Thing, is_held_out, make_crowd, make_scene, render
 from scripts.smollm2.tower import GRID, labels_of
 
 STEM = {**VISION, "image_size": 32, "patch_size": 16, "stem_widths": [4, 8, 8, 16], "stem_blocks": 1}
@@ -62,6 +62,8 @@ def test_a_scene_depends_on_its_seed_alone_and_its_things_keep_apart() -> None:
 def test_training_never_shows_what_is_kept_for_testing() -> None:
     trained = [set(make_scene(seed).counts) for seed in range(1500)]
     tested = [set(make_scene(seed, held_out=True).counts) for seed in range(300)]
+    crowds = [make_crowd(seed) for seed in range(300)]
+    assert all(len(crowd.things) > 6 and len(set(crowd.counts) & NEVER_TOGETHER) < 2 for crowd in crowds)
     assert not any(is_held_out(nouns) or len(nouns & NEVER_TOGETHER) > 1 for nouns in trained)
     assert all(is_held_out(nouns) for nouns in tested if len(nouns) > 1)
     assert sum(len(nouns & NEVER_TOGETHER) > 1 for nouns in tested) > 50

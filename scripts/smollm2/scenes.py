@@ -96,6 +96,28 @@ def make_scene(seed: int, held_out: bool = False, drawings_of_a_noun: int = 5) -
     return Scene(color, pattern, tuple(things), seed)
 
 
+def make_crowd(seed: int, drawings_of_a_noun: int = 5) -> Scene:
+    """A picture full of things, for the tower's training alone: most of its patches show one, none are asked about.
+
+    At most one of ``NEVER_TOGETHER`` is among them; with nine things and more it is no composition that is tested.
+    """
+    rng = random.Random(f"crowd {seed}")
+    side = rng.choice((3, 4))
+    rare = rng.choice(sorted(NEVER_TOGETHER))
+    pool = [name for name in NOUNS if name == rare or name not in NEVER_TOGETHER]
+    # The one of the twenty comes as often as it would among all nouns.
+    weights = [len(NEVER_TOGETHER) if name == rare else 1 for name in pool]
+    things = []
+    for cell in range(side * side):
+        size = rng.uniform(0.75, 1.1) / side
+        x, y = ((place + 0.5 + rng.uniform(-0.15, 0.15)) / side for place in (cell % side, cell // side))
+        (noun,) = rng.choices(pool, weights)
+        turn, mirrored = rng.uniform(-14, 14), rng.random() < 0.5
+        things.append(Thing(noun, x, y, size, rng.randrange(drawings_of_a_noun), turn, mirrored))
+    rng.shuffle(things)
+    return Scene(rng.choice(list(COLORS)), rng.choice(("plain", *PATTERNS)), tuple(things), seed)
+
+
 def _pick_nouns(rng: random.Random, number: int, held_out: bool) -> list[str]:
     """As many names, often some of them alike so that there is something to count."""
     kinds = number if number < 3 or rng.random() < 0.45 else rng.randint(1, number - 1)

@@ -34,7 +34,7 @@ from llava.utils import fast_autocast
 
 from .drawings import SEEN, UNSEEN, Drawings
 from .nouns import NOUNS
-from .scenes import COLORS, MOST, PATTERNS, SIDE, Scene, make_scene, render
+from .scenes import COLORS, MOST, PATTERNS, SIDE, Scene, make_crowd, make_scene, render
 
 PATCH = 16
 GRID = SIDE // PATCH
@@ -67,7 +67,8 @@ def labels_of(scene: Scene, shown: np.ndarray) -> dict[str, torch.Tensor]:
     """What the heads are asked of a picture; patches are counted row by row.
 
     ``noun`` int64 ``[144]`` (0: none) is the thing that covers most of a patch, from a fifth of it on; ``centre`` bool
-    ``[144]``; ``color`` and ``pattern`` numbers; ``present`` float ``[nouns]``; ``number`` of things.
+    ``[144]``; ``color`` and ``pattern`` numbers; ``present`` float ``[nouns]``; ``number`` of things, less one, or
+    -100 where there are more than ``MOST``.
     """
     blocks = shown.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
     covered = np.stack([(blocks == number).mean(axis=1) for number in range(1, len(scene.things) + 1)], axis=1)
@@ -85,26 +86,44 @@ def labels_of(scene: Scene, shown: np.ndarray) -> dict[str, torch.Tensor]:
         "color": torch.tensor(_COLORS.index(scene.color)),
         "pattern": torch.tensor(PATTERNS.index(scene.pattern)),
         "present": present,
-        "number": torch.tensor(len(scene.things) - 1),
+        "number": torch.tensor(len(scene.things) - 1 if len(scene.things) <= MOST else -100),
     }
 
 
 class Pictures(Dataset):
-    """Picture number ``i``: pixels and labels; training pictures (``vary``) differ a little in colour."""
+    """Picture number ``i``: pixels and labels.
 
-    def __init__(self, drawings: Drawings, first: int, count: int, held_out: bool = False, vary: bool = True) -> None:
+    Args:
+        drawings: what they are made of.
+        first, count: numbers of the scenes.
+        held_out: scenes of the test.
+        vary: a little in colour.
+        crowded: this share of them are full of things, which teaches about as much as three others do.
+    """
+
+    def __init__(
+        self,
+        drawings: Drawings,
+        first: int,
+        count: int,
+        held_out: bool = False,
+        vary: bool = False,
+        crowded: float = 0.0,
+    ) -> None:
         self.drawings, self.first, self.count = drawings, first, count
-        self.held_out, self.vary = held_out, vary
+        self.held_out, self.vary, self.crowded = held_out, vary, crowded
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        scene = make_scene(self.first + index, self.held_out)
+        number = self.first + index
+        is_crowd = random.Random(f"kind {number}").random() < self.crowded
+        scene = make_crowd(number) if is_crowd else make_scene(number, self.held_out)
         picture, shown = render(scene, self.drawings)
         pixels = pixels_of(picture)
         if self.vary:
-            rng = random.Random(f"vary {self.first + index}")
+            rng = random.Random(f"vary {number}")
             gray = pixels.mean(dim=0, keepdim=True)
             # Less colour on the things alone: the background's name must stay true.
             faded = torch.lerp(pixels, gray, rng.choice((0.0, 0.0, rng.uniform(0, 0.9), rng.uniform(-0.4, 0))))
@@ -171,7 +190,9 @@ class Learner(nn.Module):
         present = self.of_picture["present"](whole)
         loss += 5 * functional.binary_cross_entropy_with_logits(present, batch["present"])
         number = self.of_picture["number"](whole)
-        loss += 0.3 * functional.cross_entropy(number, batch["number"])
+        counted = batch["number"] >= 0
+        errors = functional.cross_entropy(number, batch["number"], reduction="sum")
+        loss += 0.3 * errors / counted.sum().clamp(min=1)
         right = said["noun"].argmax(-1) == noun
         found = (centre > 0) == batch["centre"]
         return loss, {
@@ -181,7 +202,7 @@ class Learner(nn.Module):
             "centres": float(found[batch["centre"]].float().mean()),
             "color": float((said["color"].argmax(-1) == batch["color"][:, None]).float().mean()),
             "pattern": float((said["pattern"].argmax(-1) == batch["pattern"][:, None]).float().mean()),
-            "number": float((number.argmax(-1) == batch["number"]).float().mean()),
+            "number": float((number.argmax(-1) == batch["number"])[counted].float().mean()),
         }
 
 
@@ -189,7 +210,7 @@ class Learner(nn.Module):
 def measure(learner: Learner, drawings: Drawings, pictures: int = 200) -> dict[str, float]:
     """Mean figures over held-out compositions."""
     learner.eval()
-    loader = DataLoader(Pictures(drawings, 0, pictures, held_out=True, vary=False), batch_size=50)
+    loader = DataLoader(Pictures(drawings, 0, pictures, held_out=True), batch_size=50)
     figures = [learner(batch)[1] for batch in loader]
     learner.train()
     return {name: round(float(np.mean([each[name] for each in figures])), 4) for name in figures[0]}
@@ -226,7 +247,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2/tower"))
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
     args = parser.parse_args()
@@ -237,7 +258,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     seen, unseen = Drawings(args.drawings, SEEN), Drawings(args.drawings, UNSEEN)
     learner = Learner()
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=args.rate, weight_decay=0.02, betas=(0.9, 0.98))
+    # Convolutions with batch norm learn at a rate that a transformer of few pictures a batch does not take.
+    stem = list(learner.tower.embeddings.patch_embedding.parameters())
+    others = [parameter for parameter in learner.parameters() if all(parameter is not own for own in stem)]
+    groups: list[Any] = [{"params": stem, "lr": 3 * args.rate}, {"params": others}]
+    optimizer = torch.optim.AdamW(groups, lr=args.rate, weight_decay=0.02, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, step / args.steps)))
     )
@@ -250,7 +275,7 @@ def main() -> None:
         step = state["step"]
     first = args.seed * 10_000_000
     mine = [number for at in range(step, args.steps) for number in range(args.batch * at, args.batch * (at + 1))]
-    pictures = Pictures(seen, first, args.steps * args.batch)
+    pictures = Pictures(seen, first, args.steps * args.batch, vary=True, crowded=0.7)
     loader = DataLoader(pictures, args.batch // workers, sampler=mine[rank::workers], num_workers=1, prefetch_factor=8)
     began, log = time.time(), (args.out / "log.jsonl").open("a")
     for batch in loader:

@@ -89,7 +89,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
     )
-    pictures = Pictures(Drawings(args.drawings, SEEN), FIRST + args.seed * 100_000, args.steps * args.batch, vary=False)
+    pictures = Pictures(Drawings(args.drawings, SEEN), FIRST + args.seed * 100_000, args.steps * args.batch)
     norm = words.nouns.square().sum(dim=1).mean()
     began, log = time.time(), (args.out / "log.jsonl").open("w")
     for step, batch in enumerate(DataLoader(pictures, args.batch, num_workers=1, prefetch_factor=8), 1):
