@@ -20,3 +20,6 @@ SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / "tiny_llava"
 
 API_KEY_VARIABLE = "VISIPRUNER_API_KEY"
 """Environment variable with the key that the web chat sends to a server (`llava.serve.gradio_pruning --server`)."""
+
+SHIPPED_MODELS = {"smollm2": SHIPPED_MODEL_PATH.parent / "llava-smollm2-135m"}
+"""Models that come with the package under a name that every ``--model-path`` takes (``docs/smollm2.md``)."""

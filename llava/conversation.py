@@ -128,6 +128,14 @@ conv_templates: dict[str, Conversation] = {
         sep="<|im_end|>",
         sep_style=SeparatorStyle.MPT,
     ),
+    # As SmolLM2's own chat template writes it, whose system text stands where none is given.
+    "smollm2": Conversation(
+        system="<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
+        sep="<|im_end|>\n",
+        sep2="<|im_end|>",
+        sep_style=SeparatorStyle.MPT,
+    ),
     "mistral_instruct": Conversation(
         system="",
         roles=("USER", "ASSISTANT"),
@@ -143,6 +151,7 @@ _MODE_OF_NAME_PART = (
     ("llama-2", "llava_llama_2"),
     ("mistral", "mistral_instruct"),
     ("v1.6-34b", "chatml_direct"),
+    ("smollm2", "smollm2"),
     ("v1", "llava_v1"),
 )
 

@@ -41,6 +41,7 @@ def test_an_empty_answer_still_ends_its_turn():
         ("llava_llama_2", "</s>"),
         ("mistral_instruct", "</s>"),
         ("chatml_direct", "<|im_end|>"),
+        ("smollm2", "<|im_end|>"),
         ("plain", "\n"),
     ],
 )

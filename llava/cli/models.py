@@ -9,7 +9,6 @@ from llava.errors import to_json
 from llava.options import Parser
 
 CHECKPOINTS = {
-    "smollm2": "LLaVA on SmolLM2, 135 million parameters, by name (extra smollm2; docs/smollm2.md)",
     "liuhaotian/llava-v1.5-7b": "LLaVA-1.5, 7 billion parameters; the published pruning config is its",
     "liuhaotian/llava-v1.5-13b": "LLaVA-1.5, 13 billion parameters",
     "liuhaotian/llava-v1.6-vicuna-7b": "LLaVA-1.6 (tiles), 7 billion parameters",

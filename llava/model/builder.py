@@ -231,6 +231,7 @@ class _Source:
 
 def _open(model_path: str | Path, model_base: str | Path | None, name: str) -> _Source:
     folder = checkpoint.resolve_folder(model_path)
+    model_base = checkpoint.base_of(model_path, model_base)
     raw = checkpoint.read_json(folder / "config.json")
     is_adapter = (folder / "adapter_config.json").is_file()
     if model_base is None:
@@ -378,6 +379,7 @@ def _merge_adapter(model: Any, folder: Path) -> Any:
         raise UserError(f"the adapter in {folder} cannot be merged into offloaded layers; use another device_map")
     weights = {_PEFT + name: weight for name, weight in _adapter_weights(folder).items()}
     config = PeftConfig.from_pretrained(str(folder))
+    config.base_model_name_or_path = None  # the base is here; PEFT would warn that it has another name
     if isinstance(config.target_modules, str):  # a pattern for original names; the weights say what it matched
         config.target_modules = sorted({name.removeprefix(_PEFT).split(".lora_")[0] for name in weights})
     elif config.target_modules is not None:

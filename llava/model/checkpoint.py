@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llava.model.key_mapping import original_name
+from llava.model.packaged import PACKAGED_BASES, packaged_folder
 from llava.utils import UserError
 
 SAFE_NAME, BIN_NAME = "model.safetensors", "pytorch_model.bin"
@@ -27,13 +28,15 @@ Weights = dict[str, Any]
 
 
 def resolve_folder(source: str | Path) -> Path:
-    """The folder of a checkpoint given as a path or as a hub id (``owner/name``).
+    """The folder of a checkpoint given as a path, a hub id (``owner/name``), or the name of a model that ships.
 
     Of a hub model only the small files are fetched here (once; they are cached): see :func:`fetch_weights`.
 
     Raises:
         UserError: no such folder, and the hub has no such model or cannot be reached.
     """
+    if folder := packaged_folder(source):
+        return folder
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -44,9 +47,18 @@ def resolve_folder(source: str | Path) -> Path:
     return _fetch(str(source), "*.json", "tokenizer.model")
 
 
+def base_of(model_path: str | Path, model_base: str | Path | None = None) -> str | Path | None:
+    """The base model of a checkpoint: the one given, else the one that its adapter names if a package has that."""
+    file = resolve_folder(model_path) / "adapter_config.json"
+    if model_base is not None or not file.is_file():
+        return model_base
+    named = read_json(file).get("base_model_name_or_path")
+    return named if named in PACKAGED_BASES else None
+
+
 def fetch_weights(source: str | Path, folder: Path) -> None:
     """Fetch the weights of a hub model into the folder that :func:`resolve_folder` gave; safetensors if it has them."""
-    if Path(source).expanduser().is_dir():
+    if packaged_folder(source) or Path(source).expanduser().is_dir():
         return
     extras = ("adapter_model.*", "mm_projector.bin", "non_lora_trainables.bin")
     for index_name in (SAFE_NAME + _INDEX, BIN_NAME + _INDEX):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,43 @@ def _clip_config(values: dict[str, Any]) -> CLIPVisionConfig:
     return CLIPVisionConfig(**{key: value for key, value in vision.items() if key not in ("model_type", "dtype")})
 
 
+class ConvolutionStem(nn.Module):
+    """Patches of a picture through 3×3 convolutions, where CLIP has one linear map of each patch's pixels.
+
+    A transformer this small learns from far fewer pictures behind one. Each of ``widths`` halves the picture's sides,
+    the last is the tower's hidden size; then ``blocks`` residual convolutions between patches.
+
+    Args:
+        widths: channels behind each halving.
+        blocks: number of residual convolutions.
+        norm: what stands behind every convolution: nothing, or ``nn.BatchNorm2d`` while a tower is trained from
+            scratch (`scripts/smollm2/tower.py` folds it into the convolutions).
+    """
+
+    def __init__(self, widths: list[int], blocks: int, norm: Callable[[int], nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        steps = [*zip([3, *widths], widths, [2] * len(widths), strict=False), *[(widths[-1], widths[-1], 1)] * blocks]
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=stride, padding=1) for a, b, stride in steps)
+        self.norms = nn.ModuleList(norm(out) for _, out, _ in steps)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """CLIP asks its patch embedding for the dtype of this."""
+        return self.convolutions[0].weight  # type: ignore[return-value]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """``[n, 3, S, S]`` → ``[n, hidden, side, side]``."""
+        hidden = images
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            out = nn.functional.gelu(norm(convolution(hidden)))
+            hidden = out if out.shape != hidden.shape else hidden + out
+        return hidden
+
+
 class VisionTower(CLIPVisionModel):
     """transformers' CLIP, run up to the layer that ``mm_vision_select_layer`` of a LLaVA config names.
+
+    A vision config with ``stem_widths`` and ``stem_blocks`` has a `ConvolutionStem` as its patch embedding.
 
     The layer is an index into CLIP's hidden states (0 is the embedding; LLaVA uses -2, the default);
     ``mm_vision_select_feature`` is ``"patch"``, which drops the class token, or ``"cls_patch"``.
@@ -88,6 +124,9 @@ class VisionTower(CLIPVisionModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(vision_config_of(config))
+        if widths := getattr(self.config, "stem_widths", None):
+            stem = ConvolutionStem(widths, self.config.stem_blocks)
+            self.embeddings.patch_embedding = stem  # type: ignore[assignment]
         layer = getattr(config, "mm_vision_select_layer", -2)
         feature = getattr(config, "mm_vision_select_feature", "patch")
         depth = self.config.num_hidden_layers + 1
