@@ -18,6 +18,9 @@ ANSWER_INSTRUCTION = "Answer the question using a single word or phrase."
 SHIPPED_MODEL_PATH = Path(__file__).parent / "assets" / "tiny_llava"
 """The small model that comes with the package, in the original LLaVA layout."""
 
+SMALL_MODEL = 100_000_000
+"""Parameters below which a prefill's time goes into starting each operation: the clock tells little there."""
+
 API_KEY_VARIABLE = "VISIPRUNER_API_KEY"
 """Environment variable with the key that the web chat sends to a server (`llava.serve.gradio_pruning --server`)."""
 

@@ -220,7 +220,7 @@ def test_an_example_is_shown_in_the_order_of_the_argument(here, capsys):
         "█",
         "saved: kept 42",
         "at random",
-        "speed: none",
+        "speed: the clock tells little",
     ]
     places = [err.index(part) for part in parts]
     assert places == sorted(places) and "hint" not in err

@@ -33,8 +33,8 @@ COMMANDS = {
         "llava.serve.cli_pruning:main",
         "talk about pictures in the terminal",
         (
-            "visipruner chat --image-file photo.jpg",
             "visipruner chat --example sign",
+            "visipruner chat --image-file photo.jpg",
             "visipruner chat --model-path liuhaotian/llava-v1.5-7b --image-file photo.jpg",
         ),
     ),
@@ -42,9 +42,9 @@ COMMANDS = {
         "llava.serve.cli_pruning:ask",
         "one question, one answer; without any: an example, and what was pruned",
         (
-            'visipruner ask --image-file photo.jpg --question "What is this?"',
             "visipruner ask",
             "visipruner ask --examples",
+            'visipruner ask --image-file photo.jpg --question "What is this?"',
             'visipruner ask --image-file photo.jpg --question "What is this?" --show',
             'visipruner ask --image-file photo.jpg --question "What is this?" --json',
             "visipruner ask --image-file photo.jpg < questions.txt",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from llava.constants import SMALL_MODEL
 from llava.inference import Answer
 from llava.serve.remote import RemoteAnswer
 
@@ -38,17 +39,13 @@ def _pruning_in_words(answer: Answer) -> str:
     return config.describe(trace)
 
 
-SMALL_MODEL = 100_000_000
-"""Parameters below which no speed-up is to be expected."""
-
-
 def expected_speed(parameters: int) -> str | None:
     """What to expect of pruning's speed in a model too small to show it, in one sentence; None for a larger one."""
     if parameters >= SMALL_MODEL:
         return None
     return (
-        f"speed: none to be gained at {parameters / 1e6:.1f} million parameters, where calls cost more than visual "
-        "tokens do; with the shape of a 1-billion-parameter LLaVA (random weights) on one CPU core, prefill is "
+        f"speed: the clock tells little at {parameters / 1e6:.1f} million parameters, where calls cost more than "
+        "visual tokens do; with the shape of a 1-billion-parameter LLaVA (random weights) on one CPU core, prefill is "
         "1.79 × as fast (docs/benchmarks.md)"
     )
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860, help="default: 7860")
     parser.add_argument("--share", action="store_true", help="publish the page through gradio's servers")
     parser.add_argument(
-        "--server", metavar="URL", help="ask the model of a server, such as python -m llava.serve.api, and load none"
+        "--server", metavar="URL", help="ask the model of a server, such as visipruner serve, and load none"
     )
     parser.add_argument("--api-key", help=f"the server's (default: ${API_KEY_VARIABLE}, which `ps` does not show)")
     add_pruning_option(parser)
@@ -47,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0 < args.port < 65536:
         raise UserError(f"--port is {args.port}; it must be from 1 to 65535")
 
+    if find_spec("gradio") is None:
+        raise missing_extra("web", "the web chat")
     say = _Log()
+    if sys.stderr.isatty():  # somebody waits; elsewhere bad input is one line and nothing else
+        say("reading the model's settings")
     # Here, so that --help and a wrong port need not wait for them.
     from llava.inference import LoadOptions, open_checkpoint
     from llava.serve.remote import RemoteModel
@@ -65,10 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = checkpoint.pruning_config(args.pruning_config)
         model = LateModel(checkpoint, from_arguments(LoadOptions, args))
     say("starting; the libraries take a few seconds")
-    try:
-        from llava.serve.web.page import launch
-    except ModuleNotFoundError as missing:
-        raise missing_extra("web", "the web chat", missing) from missing
+    from llava.serve.web.page import launch
     from llava.serve.web.state import WebChat
 
     page = launch(WebChat(model, example_pictures(), config), args.host, args.port, share=args.share)

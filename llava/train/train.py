@@ -95,6 +95,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     trainer.save_state()
     if found := training_data.report():
         logger.warning(found)
+    if training_args.process_index == 0:
+        logger.info(f"Written to {training_args.output_dir}")
     return trainer
 
 

@@ -40,8 +40,6 @@ DENSE, PRUNED = "dense", "pruned"
 FORMAT = "llava-visipruner report, 1"
 TOP = 5
 TIMED_RUNS, TIMED_SECONDS = 3, 2.0
-SMALL_MODEL = 100_000_000
-"""Parameters below which the decoder's work is too little for pruning to be seen on the clock."""
 
 Rows = Literal["last", "text", "all"]
 """Whose attention is recorded: the prompt's last row and the answer's, text behind the first visual row too, or all."""

@@ -26,6 +26,7 @@ from markupsafe import Markup
 from PIL import Image
 from tqdm import tqdm
 
+from llava.constants import SMALL_MODEL
 from llava.eval.files import read_jsonl
 from llava.eval.questions import read_questions
 from llava.inference import Checkpoint, LoadedModel, LoadOptions, Picture, Turn, open_checkpoint
@@ -33,7 +34,7 @@ from llava.options import Parser, add_model_options, add_pruning_option, from_ar
 from llava.pruning.flops import CONVENTIONS
 from llava.utils import UserError, run_main, write_whole
 
-from .findings import SMALL_MODEL, Asked, Rows, findings, question_findings
+from .findings import Asked, Rows, findings, question_findings
 
 PICTURE_SIDE = 768
 
