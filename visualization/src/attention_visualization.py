@@ -77,6 +77,11 @@ draw_on_picture(
 # ## What pruning leaves
 #
 # The cosine that decides where to select, the patches that are kept, and the rows each layer processes.
+#
+# Kept patches are those whose token turns the last row's output, whatever they show: some lie on plain ground. On this
+# picture that does no harm and little good, for the colour of a lone shape is answered from patches drawn at random
+# too. Where the choice matters is a text: `visipruner ask --example sign --show` keeps its patches, and as many drawn
+# at random miss it.
 
 # %%
 pruned = observe(chat, PICTURE, QUESTION, config)
