@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -30,7 +30,7 @@ def install_command(extra: str) -> str:
     An editable checkout is installed anew from its folder, a wheel or a repository from where it came; where that is
     not known, or is there no more, the extra's packages are named one by one.
     """
-    return f"{_pip()} install {_what_to_install(extra)}"
+    return f"{pip()} install {_what_to_install(extra)}"
 
 
 def _what_to_install(extra: str) -> str:
@@ -75,17 +75,16 @@ def _plain(requirement: Requirement) -> str:
 
 def _project() -> Distribution | None:
     """This project's metadata; None where it is used from a folder that nobody installed."""
-    try:
-        return distribution(PROJECT)
-    except PackageNotFoundError:
-        return None
+    # In the folder of an editable checkout there is a second one, of the build, which does not know where it came from.
+    found = list(distributions(name=PROJECT))
+    return next((each for each in found if each.read_text("direct_url.json")), next(iter(found), None))
 
 
 def _module(name: str) -> str:
     return name.partition(".")[0].replace("-", "_").lower()
 
 
-def _pip() -> str:
+def pip() -> str:
     """pip of the environment that is running, which need not be the one on the PATH."""
     found = shutil.which("pip")
     if found and Path(found).parent == Path(sys.executable).parent:

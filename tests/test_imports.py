@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
     "__init__": set(),
     "pruning": {"utils"},
-    "model": {"pruning", "constants", "errors", "mm_utils", "images", "conversation", "utils"},
+    "model": {"pruning", "constants", "errors", "extras", "mm_utils", "images", "conversation", "utils"},
     "inference": MODEL,
     "train": MODEL,
     "eval": INFERENCE,

