@@ -277,6 +277,13 @@ def test_a_missing_extra_is_named_with_a_command_that_works_here(tmp_path, monke
     assert extras.install_command("viz").endswith(" install -e '.[viz]'")
 
 
+def test_what_the_build_leaves_in_a_checkout_is_not_asked_where_it_came_from(tmp_path, monkeypatch):
+    installed = Project({"url": tmp_path.as_uri(), "dir_info": {"editable": True}})
+    for found in ([Project(None), installed], [installed, Project(None)]):
+        monkeypatch.setattr(extras, "distributions", lambda name, found=found: found)
+        assert extras.install_command("web").endswith(f" install -e '{tmp_path}[web]'")
+
+
 def test_the_project_that_runs_is_asked_for_its_extras():
     assert extras.missing_extra_of(ImportError(name="gradio")) == "web"
     assert extras.missing_extra_of(ImportError(name="bitsandbytes")) == "quant"
