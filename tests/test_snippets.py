@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -239,7 +238,7 @@ def serving(command: str, port: int) -> Iterator[None]:
             time.sleep(0.2)
         yield
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # not by Ctrl-C, which whoever is started in the background may have been told to ignore
         try:
             process.wait(60)
         finally:
