@@ -23,6 +23,20 @@ class NaiveResult:
     present: torch.Tensor | None = None  # bool [layers, prompt rows]
 
 
+def heads_of(attention: nn.Module, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple:
+    """Queries, keys and values of normed rows `[1, rows, hidden]` after RoPE, every head with its own: the queries
+    `[1, heads, rows, head_dim]`, the others `[heads, rows, head_dim]`."""
+    shape = (1, normed.shape[1], -1, attention.head_dim)
+    query, key = apply_rotary_pos_emb(
+        attention.q_proj(normed).view(shape).transpose(1, 2),
+        attention.k_proj(normed).view(shape).transpose(1, 2),
+        cos,
+        sin,
+    )
+    value = attention.v_proj(normed).view(shape).transpose(1, 2)
+    return query, *(repeat_kv(part, attention.num_key_value_groups)[0] for part in (key, value))
+
+
 def shallow_edit(weights: torch.Tensor, visual: torch.Tensor, num_prompt: int, rule: str) -> torch.Tensor:
     """Zero softmaxed weights `[heads, rows, rows]` of prompt rows; `rule` is `none`, `first` or `half`."""
     weights = weights.clone()
@@ -64,15 +78,7 @@ def naive_generate(
         for number, layer in enumerate(decoder.layers):
             attention = layer.self_attn
             normed = layer.input_layernorm(hidden)
-            shape = (1, rows, -1, attention.head_dim)
-            query, key = apply_rotary_pos_emb(
-                attention.q_proj(normed).view(shape).transpose(1, 2),
-                attention.k_proj(normed).view(shape).transpose(1, 2),
-                cos,
-                sin,
-            )
-            value = attention.v_proj(normed).view(shape).transpose(1, 2)
-            key, value = (repeat_kv(part, attention.num_key_value_groups)[0] for part in (key, value))
+            query, key, value = heads_of(attention, normed, cos, sin)
             present = torch.cat([result.present[number], torch.ones(rows - num_prompt, dtype=torch.bool)])
             scores = query[0] @ key.transpose(1, 2) * attention.scaling
             scores = scores.masked_fill(~(causal & present), -torch.inf)

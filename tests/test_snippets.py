@@ -246,26 +246,27 @@ def serving(command: str, port: int) -> Iterator[None]:
             process.stderr.close()
 
 
+def run_all(page: str, mark: str) -> None:
+    """The blocks of a page with that mark, in its order."""
+    for block in of(page, mark):
+        try:
+            run(block)
+        except Exception as error:
+            raise AssertionError(f"{block.place} does not run as written: {error}") from error
+
+
 # --- the tests ---
 
 
 @pytest.mark.parametrize("page", pages_with(""))
 def test_every_block_of_the_page_runs(page, here):
-    for block in of(page, ""):
-        try:
-            run(block)
-        except Exception as error:
-            raise AssertionError(f"{block.place} does not run as written: {error}") from error
+    run_all(page, "")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("slowly"))
 def test_every_slow_block_of_the_page_runs(page, here):
-    for block in of(page, "slowly"):
-        try:
-            run(block)
-        except Exception as error:
-            raise AssertionError(f"{block.place} does not run as written: {error}") from error
+    run_all(page, "slowly")
 
 
 @pytest.mark.slow

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naive import shallow_edit
+from naive import heads_of, shallow_edit
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -89,15 +88,7 @@ def masked_logits(model, rows, visual, trace, method):
         cos, sin = decoder.rotary_emb(hidden, position_ids=counted.clamp(min=0)[None])
         attention = layer.self_attn
         normed = layer.input_layernorm(hidden)
-        shape = (1, len(rows), -1, attention.head_dim)
-        query, key = apply_rotary_pos_emb(
-            attention.q_proj(normed).view(shape).transpose(1, 2),
-            attention.k_proj(normed).view(shape).transpose(1, 2),
-            cos,
-            sin,
-        )
-        value = attention.v_proj(normed).view(shape).transpose(1, 2)
-        key, value = (repeat_kv(part, attention.num_key_value_groups)[0] for part in (key, value))
+        query, key, value = heads_of(attention, normed, cos, sin)
         scores = query[0] @ key.transpose(1, 2) * attention.scaling
         weights = torch.softmax(scores.masked_fill(~(causal & present[number]), -1e30), dim=-1)
         rule = {Read.NO_IMAGE: "none", Read.FIRST_SINK: "first", Read.HALF_SINK: "half"}.get(treatments[number].read)

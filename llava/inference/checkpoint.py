@@ -248,7 +248,7 @@ class LlavaCheckpoint(Checkpoint):
         self, model_path: str | Path, model_base: str | Path | None = None, conv_mode: str | None = None
     ) -> None:
         super().__init__(model_path)
-        self.model_base = model_base = files.base_of(model_path, model_base)
+        self.model_base = model_base = files.base_of(self.folder, model_base)
         raw = files.read_json(self.folder / "config.json")
         tokenizer_folder = self.folder
         if model_base is not None:

@@ -231,7 +231,7 @@ class _Source:
 
 def _open(model_path: str | Path, model_base: str | Path | None, name: str) -> _Source:
     folder = checkpoint.resolve_folder(model_path)
-    model_base = checkpoint.base_of(model_path, model_base)
+    model_base = checkpoint.base_of(folder, model_base)
     raw = checkpoint.read_json(folder / "config.json")
     is_adapter = (folder / "adapter_config.json").is_file()
     if model_base is None:

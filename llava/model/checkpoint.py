@@ -47,9 +47,9 @@ def resolve_folder(source: str | Path) -> Path:
     return _fetch(str(source), "*.json", "tokenizer.model")
 
 
-def base_of(model_path: str | Path, model_base: str | Path | None = None) -> str | Path | None:
-    """The base model of a checkpoint: the one given, else the one that its adapter names if a package has that."""
-    file = resolve_folder(model_path) / "adapter_config.json"
+def base_of(folder: Path, model_base: str | Path | None = None) -> str | Path | None:
+    """The base model of a checkpoint's folder: the one given, else the one its adapter names if a package has it."""
+    file = folder / "adapter_config.json"
     if model_base is not None or not file.is_file():
         return model_base
     named = read_json(file).get("base_model_name_or_path")

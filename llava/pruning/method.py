@@ -210,7 +210,7 @@ class Method:
         if source is None or isinstance(source, Method):
             return source
         if isinstance(source, str):
-            source = _read_json(source)
+            source = read_config(source)
         if not isinstance(source, Mapping):
             raise PruningConfigError(f"pruning config: a JSON object is needed, not {source!r}")
         knobs = dict(source)
@@ -291,7 +291,8 @@ def method_named(name: Any) -> type[Method]:
     )
 
 
-def _read_json(text: str) -> Any:
+def read_config(text: str) -> Any:
+    """The JSON of a config, or of the file that it names as ``@FILE``. Raises `PruningConfigError`."""
     origin = "pruning config"
     if text.startswith("@"):
         path = Path(text[1:]).expanduser()

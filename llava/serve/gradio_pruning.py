@@ -18,7 +18,7 @@ from typing import Any
 
 from llava.constants import API_KEY_VARIABLE
 from llava.errors import missing_extra
-from llava.examples import examples
+from llava.examples import Example, examples
 from llava.options import Parser, add_model_options, add_pruning_option, from_arguments
 from llava.utils import UserError, run_main
 
@@ -27,9 +27,10 @@ MOST_EXAMPLES = 4
 
 def example_pictures() -> dict[str, tuple[Path, str]]:
     """Pictures that ship, by the example's name, each with the first question that is known for it."""
-    first = {example.image: example for example in reversed(examples())}
-    shown = sorted(first.values(), key=examples().index)[:MOST_EXAMPLES]
-    return {example.name: (example.image, example.question) for example in shown}
+    first: dict[Path, Example] = {}
+    for example in examples():
+        first.setdefault(example.image, example)
+    return {each.name: (each.image, each.question) for each in list(first.values())[:MOST_EXAMPLES]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("reading the model's settings")
     # Here, so that --help and a wrong port need not wait for them.
     from llava.inference import LoadOptions, open_checkpoint
+    from llava.pruning.method import read_config
     from llava.serve.remote import RemoteModel
     from llava.serve.web.late import LateModel
 
@@ -64,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) != parser.get_default(name):
                 raise UserError(f"--server and --{name.replace('_', '-')} exclude each other: the server has the model")
         model = RemoteModel(args.server, args.api_key or os.environ.get(API_KEY_VARIABLE))
-        config = model.checkpoint.pruning_config(_text_of(args.pruning_config))
+        given = (args.pruning_config or "").strip()
+        config = model.checkpoint.pruning_config(read_config(given) if given else None)
     else:
         checkpoint = open_checkpoint(args.model_path, args.model_base, args.conv_mode)
         config = checkpoint.pruning_config(args.pruning_config)
@@ -94,16 +97,6 @@ class _Log:
 
     def __call__(self, line: str) -> None:
         print(f"[{time.monotonic() - self._begin:5.1f} s] {line}", file=sys.stderr, flush=True)
-
-
-def _text_of(given: str | None) -> str | None:
-    """A config from the command line, its file read where it names one."""
-    if given is None or not given.startswith("@"):
-        return given
-    try:
-        return Path(given[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--pruning-config {given}: the file cannot be read") from error
 
 
 if __name__ == "__main__":
